@@ -1,0 +1,76 @@
+"""The settings of `tokenllm serve`, frozen: one field per flag, and what each child process is told at birth."""
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+from tokenllm.ring import RingFds
+
+Device: TypeAlias = Literal["auto", "cuda", "cpu"]
+Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
+LoadFormat: TypeAlias = Literal["auto", "dummy"]
+
+
+def _flag(help: str, **extra: object) -> msgspec.Meta:
+    return msgspec.Meta(description=help, extra=extra or None)
+
+
+class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Every setting of the server, its default and its meaning; flags are the field names with dashes."""
+
+    model: Annotated[str, _flag("folder, .gguf file or hub ORG/NAME; empty means the embedded default", flag=False)] = ""
+    served_model_name: Annotated[str, _flag("the name clients use; empty means the model's own")] = ""
+    host: Annotated[str, _flag("address to listen on")] = "127.0.0.1"
+    port: Annotated[int, _flag("port to listen on"), msgspec.Meta(ge=0, le=65535)] = 8000
+    api_key: Annotated[str, _flag("key that clients must send as 'Authorization: Bearer KEY'", secret=True)] = ""
+    api_key_file: Annotated[str, _flag("file with one accepted key per line")] = ""
+    allow_no_auth: Annotated[bool, _flag("listen on a non-loopback address without any key")] = False
+    chat_template: Annotated[str, _flag("Jinja file that replaces the model's own chat template")] = ""
+    device: Annotated[Device, _flag("where the model runs")] = "auto"
+    dtype: Annotated[Dtype, _flag("arithmetic; auto on a CPU is float32 with float16 weights")] = "auto"
+    load_format: Annotated[LoadFormat, _flag("dummy makes random weights of the config's shape")] = "auto"
+    max_model_len: Annotated[int, _flag("longest prompt plus completion, in tokens; 0 means the model's own"), msgspec.Meta(ge=0)] = 0
+    max_total_tokens: Annotated[int, _flag("KV memory, in tokens; 0 means measured from free memory"), msgspec.Meta(ge=0)] = 0
+    max_running_requests: Annotated[int, _flag("requests in one batch"), msgspec.Meta(ge=1, le=4096)] = 64
+    max_queued_requests: Annotated[int, _flag("requests waiting for room before 429"), msgspec.Meta(ge=0)] = 1024
+    max_queued_tokens: Annotated[int, _flag("prompt tokens waiting for room before 429"), msgspec.Meta(ge=0)] = 1_000_000
+    prefill_chunk_tokens: Annotated[int, _flag("prompt tokens computed in one step"), msgspec.Meta(ge=1)] = 512
+    policy: Annotated[Literal["conservative"], _flag("who is admitted when")] = "conservative"
+    gateway_processes: Annotated[int, _flag("HTTP processes sharing the port"), msgspec.Meta(ge=1, le=64)] = 1
+    drain_s: Annotated[float, _flag("seconds that running streams get to finish after SIGTERM"), msgspec.Meta(ge=0)] = 30.0
+    ring_bytes: Annotated[int, _flag("size of each ring, rounded up to a power of two"), msgspec.Meta(ge=1 << 16, le=1 << 30)] = 1 << 24
+
+
+class GatewayBirth(msgspec.Struct, frozen=True):
+    """What a gateway process reads from its standard input, as JSON."""
+
+    config: ServeConfig
+    model_path: str
+    model_name: str
+    slot: int
+    incarnation: int
+    supervisor_pid: int
+    listen_fd: int
+    control_fd: int
+    page_fds: tuple[int, ...]  # the pages of all processes
+    own_page: int  # an index into them
+
+
+class SchedulerBirth(msgspec.Struct, frozen=True):
+    config: ServeConfig
+    model_path: str
+    generation: int
+    supervisor_pid: int
+    inboxes: tuple[RingFds, ...]  # ring A of each gateway slot
+    outbox: RingFds  # ring B
+    page_fd: int
+
+
+class DetokenizerBirth(msgspec.Struct, frozen=True):
+    config: ServeConfig
+    model_path: str
+    generation: int
+    supervisor_pid: int
+    inbox: RingFds  # ring B
+    outboxes: tuple[RingFds, ...]  # ring C of each gateway slot
+    page_fd: int
