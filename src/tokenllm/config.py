@@ -10,18 +10,29 @@ Device: TypeAlias = Literal["auto", "cuda", "cpu"]
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat: TypeAlias = Literal["auto", "dummy"]
 
+INT32_MAX = 2**31 - 1
 
-def _flag(help: str, **extra: object) -> msgspec.Meta:
-    return msgspec.Meta(description=help, extra=extra or None)
+
+def _flag(help: str, *, ge: float | None = None, le: float | None = None, secret: bool = False) -> msgspec.Meta:
+    return msgspec.Meta(description=help, ge=ge, le=le, extra={"secret": True} if secret else None)
+
+
+_DEFAULT_MODEL = _flag("folder, .gguf file or hub ORG/NAME; empty means the embedded default")
+_MODEL_LEN = _flag("longest prompt plus completion, in tokens; 0 means the model's own", ge=0, le=INT32_MAX)
+_TOTAL_TOKENS = _flag("KV memory, in tokens; 0 means measured from free memory", ge=0, le=INT32_MAX)
+_QUEUED_REQUESTS = _flag("requests waiting for room before 429", ge=0, le=INT32_MAX)
+_QUEUED_TOKENS = _flag("prompt tokens waiting for room before 429", ge=0, le=INT32_MAX)
+_DRAIN = _flag("seconds that running streams get to finish after SIGTERM", ge=0, le=86400)
+_RING = _flag("size of each ring, rounded up to a power of two", ge=1 << 16, le=1 << 30)
 
 
 class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Every setting of the server, its default and its meaning; flags are the field names with dashes."""
 
-    model: Annotated[str, _flag("folder, .gguf file or hub ORG/NAME; empty means the embedded default", flag=False)] = ""
+    model: Annotated[str, _DEFAULT_MODEL] = ""
     served_model_name: Annotated[str, _flag("the name clients use; empty means the model's own")] = ""
     host: Annotated[str, _flag("address to listen on")] = "127.0.0.1"
-    port: Annotated[int, _flag("port to listen on"), msgspec.Meta(ge=0, le=65535)] = 8000
+    port: Annotated[int, _flag("port to listen on; 0 takes a free one", ge=0, le=65535)] = 8000
     api_key: Annotated[str, _flag("key that clients must send as 'Authorization: Bearer KEY'", secret=True)] = ""
     api_key_file: Annotated[str, _flag("file with one accepted key per line")] = ""
     allow_no_auth: Annotated[bool, _flag("listen on a non-loopback address without any key")] = False
@@ -29,16 +40,16 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     device: Annotated[Device, _flag("where the model runs")] = "auto"
     dtype: Annotated[Dtype, _flag("arithmetic; auto on a CPU is float32 with float16 weights")] = "auto"
     load_format: Annotated[LoadFormat, _flag("dummy makes random weights of the config's shape")] = "auto"
-    max_model_len: Annotated[int, _flag("longest prompt plus completion, in tokens; 0 means the model's own"), msgspec.Meta(ge=0)] = 0
-    max_total_tokens: Annotated[int, _flag("KV memory, in tokens; 0 means measured from free memory"), msgspec.Meta(ge=0)] = 0
-    max_running_requests: Annotated[int, _flag("requests in one batch"), msgspec.Meta(ge=1, le=4096)] = 64
-    max_queued_requests: Annotated[int, _flag("requests waiting for room before 429"), msgspec.Meta(ge=0)] = 1024
-    max_queued_tokens: Annotated[int, _flag("prompt tokens waiting for room before 429"), msgspec.Meta(ge=0)] = 1_000_000
-    prefill_chunk_tokens: Annotated[int, _flag("prompt tokens computed in one step"), msgspec.Meta(ge=1)] = 512
+    max_model_len: Annotated[int, _MODEL_LEN] = 0
+    max_total_tokens: Annotated[int, _TOTAL_TOKENS] = 0
+    max_running_requests: Annotated[int, _flag("requests in one batch", ge=1, le=4096)] = 64
+    max_queued_requests: Annotated[int, _QUEUED_REQUESTS] = 1024
+    max_queued_tokens: Annotated[int, _QUEUED_TOKENS] = 1_000_000
+    prefill_chunk_tokens: Annotated[int, _flag("prompt tokens computed in one step", ge=1, le=INT32_MAX)] = 512
     policy: Annotated[Literal["conservative"], _flag("who is admitted when")] = "conservative"
-    gateway_processes: Annotated[int, _flag("HTTP processes sharing the port"), msgspec.Meta(ge=1, le=64)] = 1
-    drain_s: Annotated[float, _flag("seconds that running streams get to finish after SIGTERM"), msgspec.Meta(ge=0)] = 30.0
-    ring_bytes: Annotated[int, _flag("size of each ring, rounded up to a power of two"), msgspec.Meta(ge=1 << 16, le=1 << 30)] = 1 << 24
+    gateway_processes: Annotated[int, _flag("HTTP processes sharing the port", ge=1, le=64)] = 1
+    drain_s: Annotated[float, _DRAIN] = 30.0
+    ring_bytes: Annotated[int, _RING] = 1 << 24
 
 
 class GatewayBirth(msgspec.Struct, frozen=True):
