@@ -1,0 +1,84 @@
+# Everything is installed into .venv in this folder; nothing else on the machine is touched.
+# Stamps in .venv say what is installed: a second call is instant, a changed pyproject.toml or constraints file is not.
+
+PORT ?= 8000
+MODEL ?=
+ARGS ?=
+TORCH_INDEX_URL ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := constraints.txt constraints-cpu.txt
+
+SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+CANDIDATES := python3 python3.13 python3.12 python3.11 python
+PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(shell $(p) -c '$(SUITABLE)' 2>/dev/null && echo $(p))))
+
+# With a GPU torch is the newest, and brings its own CUDA and Triton; without one it is the pinned release.
+GPU = $(shell nvidia-smi -L 2>/dev/null)
+PIP = $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt $(if $(GPU),,-c constraints-cpu.txt)
+TOKENLLM = $(PIP) --no-build-isolation -e
+
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: help serve test test-slow check load bench-cpu bench-ring lock clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  variables: PORT=8000 MODEL=folder|file.gguf|org/name ARGS='more flags' PYTHON=/path TORCH_INDEX_URL=https://…"
+
+serve: $(VENV)/.serve ## install what is missing, then serve MODEL (default: the embedded one) on PORT
+	$(BIN)/tokenllm serve $(MODEL) --port $(PORT) $(ARGS)
+
+test: check ## the checks, then every fast test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.test ## the tests that take seconds to minutes each
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.test ## format, lint, types, floors, compose file
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+
+lock: ## resolve every dependency anew and write constraints.txt (with the oldest Python, so that it fits all)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make lock wants PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install -c constraints-cpu.txt hatchling
+	$(VENV)-lock/bin/python -m pip install -c constraints-cpu.txt --no-build-isolation -e ".[test]"
+	grep '^#' constraints.txt > constraints.new
+	$(VENV)-lock/bin/python -m pip freeze --exclude-editable | grep -vE '^(torch|triton|nvidia-.*|cuda-.*|setuptools)==' >> constraints.new
+	mv constraints.new constraints.txt
+	rm -rf $(VENV)-lock
+
+clean: ## remove the environment and every cache in this folder (downloaded models stay)
+	rm -rf $(VENV) $(VENV)-lock build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.python:
+	@test -n '$(PYTHON)' || { echo "tokenllm needs Python 3.11, 3.12 or 3.13 with its venv module, and found none of: $(CANDIDATES)." >&2; \
+		echo "Install one (Debian, Ubuntu: apt install python3 python3-venv) or say where it is: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c '$(SUITABLE)' || { echo "PYTHON=$(PYTHON) is no Python 3.11, 3.12 or 3.13 with a venv module:" >&2; $(PYTHON) --version >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.python pyproject.toml $(PINS)
+	@echo "== 1 of 2: PyTorch. The largest download; unpacking it can take a silent minute."
+	$(if $(GPU)$(TORCH_INDEX_URL),,@echo "   No GPU found. TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu fetches a much smaller build.")
+	$(PIP) --no-deps $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
+	@echo "== 2 of 2: tokenllm and what it stands on"
+	$(PIP) hatchling
+	$(TOKENLLM) ".$(if $(GPU),[cuda])"
+	@touch $@
+
+$(VENV)/.load: $(VENV)/.serve
+	$(TOKENLLM) ".[load]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.serve
+	@echo "== what the tests need"
+	$(TOKENLLM) ".[test]"
+	@touch $@ $(VENV)/.load
