@@ -47,7 +47,7 @@ check: $(VENV)/.test ## format, lint, types, floors, compose file
 lock: ## resolve every dependency anew and write constraints.txt (with the oldest Python, so that it fits all)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make lock wants PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install -c constraints-cpu.txt hatchling
+	$(VENV)-lock/bin/python -m pip install -c constraints-cpu.txt hatchling editables
 	$(VENV)-lock/bin/python -m pip install -c constraints-cpu.txt --no-build-isolation -e ".[test]"
 	grep '^#' constraints.txt > constraints.new
 	$(VENV)-lock/bin/python -m pip freeze --exclude-editable | grep -vE '^(torch|triton|nvidia-.*|cuda-.*|setuptools)==' >> constraints.new
@@ -70,7 +70,7 @@ $(VENV)/.serve: $(VENV)/.python pyproject.toml $(PINS)
 	$(if $(GPU)$(TORCH_INDEX_URL),,@echo "   No GPU found. TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu fetches a much smaller build.")
 	$(PIP) --no-deps $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
 	@echo "== 2 of 2: tokenllm and what it stands on"
-	$(PIP) hatchling
+	$(PIP) hatchling editables
 	$(TOKENLLM) ".$(if $(GPU),[cuda])"
 	@touch $@
 
