@@ -1,0 +1,294 @@
+"""What clients may ask: the bodies of the POST endpoints, with the range of every number.
+
+Fields unknown to this file are ignored. A field that would change the answer, but is not honoured yet, is declared
+with the values that ask for nothing; any other value is refused, since ignoring it would break a promise.
+"""
+
+import reprlib
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, LiteralString, TypeAlias, TypeVar, cast
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from tokenllm_schemas.errors import ApiError, invalid, unsupported
+
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+MAX_CHOICES_EACH = 8
+MAX_PROMPTS = 256
+MAX_MESSAGES = 10_000
+MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 1024
+MAX_LOGPROBS = 20
+
+
+def only(*harmless: object) -> AfterValidator:
+    """For a field that is not honoured yet: its only accepted values are these, which ask for nothing."""
+
+    def check(value: object, field: ValidationInfo) -> object:
+        if value is not None and not any(type(value) is type(one) and value == one for one in harmless):
+            raise unsupported(str(field.field_name), f"{reprlib.repr(value)} is not supported by this server")
+        return value
+
+    return AfterValidator(check)
+
+
+def one_of(meaning: LiteralString) -> WrapValidator:
+    """Say what a union accepts instead of what each of its members misses."""
+
+    def check(value: object, handler: Any) -> object:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            if any(detail["type"] not in SHAPE_ERRORS for detail in error.errors()):
+                raise
+            raise PydanticCustomError("union", "must be " + meaning) from None
+
+    return WrapValidator(check)
+
+
+SHAPE_ERRORS = {"string_type", "list_type", "int_type"}
+
+Temperature: TypeAlias = Annotated[float, Field(ge=0, le=2)]
+TopP: TypeAlias = Annotated[float, Field(gt=0, le=1)]
+TopK: TypeAlias = Annotated[int, Field(ge=-1, le=INT32_MAX, description="-1 and 0 mean all tokens.")]
+Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
+TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=INT32_MAX)]
+Seed: TypeAlias = Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)]
+Choices: TypeAlias = Annotated[int, Field(ge=1, le=MAX_CHOICES_EACH)]
+Logprobs: TypeAlias = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+TokenId: TypeAlias = Annotated[int, Field(ge=0, le=INT32_MAX)]
+StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stop: TypeAlias = Annotated[
+    StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)],
+    one_of("a string or a list of strings"),
+]
+Text: TypeAlias = Annotated[str, Field(min_length=1)]
+TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1)]
+Prompt: TypeAlias = Annotated[
+    Text
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | TokenIds
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)],
+    one_of("a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty"),
+]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True, protected_namespaces=())
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+
+
+class ContentPart(_Body):
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(_Body):
+    """One turn. `developer` is another word for `system`."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | list[ContentPart], one_of("a string or a list of text parts")] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+
+
+class _Generation(_Body):
+    """What both generating endpoints share."""
+
+    model: str
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    max_tokens: TokenCount | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
+    n: Choices | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+
+    logit_bias: Annotated[Any, only({})] = None
+    repetition_penalty: Annotated[Any, only(1, 1.0)] = None
+    min_p: Annotated[Any, only(0, 0.0)] = None
+    min_tokens: Annotated[Any, only(0)] = None
+    stop_token_ids: Annotated[Any, only([])] = None
+    allowed_token_ids: Annotated[Any, only([])] = None
+    bad_words: Annotated[Any, only([])] = None
+    prompt_logprobs: Annotated[Any, only(False)] = None
+    structured_outputs: Annotated[Any, only()] = None
+    guided_json: Annotated[Any, only()] = None
+    guided_regex: Annotated[Any, only()] = None
+    guided_grammar: Annotated[Any, only()] = None
+    guided_choice: Annotated[Any, only()] = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> "_Generation":
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options", "is only allowed together with stream: true")
+        return self
+
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatCompletionRequest(_Generation):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: TokenCount | None = None
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = None
+    tools: list[Any] | None = Field(default=None, description="Accepted, and not shown to the model yet.")
+
+    tool_choice: Annotated[Any, only("none", "auto")] = None
+    functions: Annotated[Any, only([])] = None
+    function_call: Annotated[Any, only("none", "auto")] = None
+    response_format: Annotated[Any, only({"type": "text"})] = None
+    modalities: Annotated[Any, only([], ["text"])] = None
+    audio: Annotated[Any, only()] = None
+    web_search_options: Annotated[Any, only()] = None
+    moderation: Annotated[Any, only()] = None
+    continue_final_message: Annotated[Any, only(False)] = None
+    add_generation_prompt: Annotated[Any, only(True)] = None
+    chat_template: Annotated[Any, only()] = None
+    chat_template_kwargs: Annotated[Any, only({})] = None
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs", "is only allowed together with logprobs: true")
+        return self
+
+    @model_validator(mode="after")
+    def _contents_are_text(self) -> "ChatCompletionRequest":
+        check_text(self.messages)
+        return self
+
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def alternatives(self) -> int | None:
+        """How many alternatives to report for each token; None means no logprobs at all."""
+        return self.top_logprobs or 0 if self.logprobs else None
+
+
+class CompletionRequest(_Generation):
+    """POST /v1/completions"""
+
+    prompt: Prompt
+    logprobs: Logprobs | None = None
+
+    echo: Annotated[Any, only(False)] = None
+    suffix: Annotated[Any, only("")] = None
+    best_of: Annotated[Any, only(1)] = None
+
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    def prompts(self) -> Sequence[str | list[int]]:
+        """The batch, of one or many."""
+        prompt = self.prompt
+        alone = isinstance(prompt, str) or isinstance(prompt[0], int)
+        return cast(Sequence[str | list[int]], [prompt] if alone else prompt)
+
+
+class TokenizeRequest(_Body):
+    """POST /tokenize: either a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one_of_the_two(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise invalid("prompt", "give either prompt or messages")
+        check_text(self.messages or [])
+        return self
+
+
+class DetokenizeRequest(_Body):
+    """POST /detokenize"""
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+Body = TypeVar("Body", bound=_Body)
+
+
+def parse(kind: type[Body], body: bytes) -> Body:
+    """The request in `body`, or an ApiError that names the first field that is wrong."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _client_error(max(error.errors(), key=_closeness)) from None
+
+
+def check_text(messages: list[ChatMessage]) -> None:
+    """Every turn says something, in text."""
+    for index, message in enumerate(messages):
+        param = f"messages[{index}].content"
+        if message.content is None and message.role != "assistant":
+            raise invalid(param, f"is missing; a {message.role} message needs one")
+        for part in message.content or [] if not isinstance(message.content, str) else []:
+            if part.type != "text":
+                raise unsupported(param, f"the model reads text only, not parts of type {reprlib.repr(part.type)}")
+            if part.text is None:
+                raise invalid(param, "a text part needs a text")
+
+
+def _closeness(detail: ErrorDetails) -> tuple[bool, int]:
+    """Of the errors of a union: the members of the right shape came nearest to what was meant, and the deeper ones."""
+    return detail["type"] not in SHAPE_ERRORS, len(detail["loc"])
+
+
+def _client_error(detail: ErrorDetails) -> ApiError:
+    if detail["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {detail.get('ctx', {}).get('error')}", "invalid_json")
+    param = _path(detail["loc"])
+    if detail["type"] == "missing":
+        return invalid(param, "is required", "missing_required_parameter")
+    return invalid(param or "body", f"{_lowered(detail['msg'])} (got {reprlib.repr(detail['input'])})")
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """`messages[0].content` from a location of pydantic, which also names the members of unions it went through."""
+    names = [part for part in location if isinstance(part, int) or part in FIELD_NAMES]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).removeprefix(".")
+
+
+def _lowered(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+FIELD_NAMES = (
+    {
+        name
+        for kind in (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, ChatMessage)
+        for name in kind.model_fields
+    }
+    | set(StreamOptions.model_fields)
+    | set(ContentPart.model_fields)
+)
