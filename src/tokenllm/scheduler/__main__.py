@@ -1,0 +1,58 @@
+"""The scheduler process: loads the model, tells the circle that it is ready, and serves until it is killed."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from tokenllm.checkpoint import CheckpointError
+from tokenllm.counters import Page
+from tokenllm.engine.start import Engine, start_engine
+from tokenllm.memory.token_slots import TokenSlots
+from tokenllm.messages import Inbound, Midway, Ready
+from tokenllm.process import die_with, read_birth
+from tokenllm.config import SchedulerBirth, ServeConfig
+from tokenllm.ring import Receiver, Sender
+from tokenllm.routing.policy import Conservative
+from tokenllm.scheduler.loop import Loop, send_when_room
+from tokenllm.scheduler.scheduler import Scheduler
+
+
+def main() -> None:
+    birth = read_birth(SchedulerBirth)
+    die_with(birth.supervisor_pid)
+    engine = _load(birth.config, Path(birth.model_path))
+    inboxes = [Receiver[Inbound](fds, Inbound) for fds in birth.inboxes]
+    outbox = Sender[Midway](birth.outbox)
+    send_when_room(outbox, Ready(birth.generation, engine.kv_tokens, engine.max_model_len))
+    Loop(_scheduler(birth.config, engine), engine.runner, inboxes, outbox, Page(birth.page_fd)).serve()
+
+
+def _load(config: ServeConfig, path: Path) -> Engine:
+    console = Console(stderr=True)
+
+    def show(layers: Iterable[int]) -> Iterator[int]:
+        return iter(track(layers, description="loading weights", console=console, transient=True))
+
+    try:
+        return start_engine(config, path, show)
+    except (CheckpointError, ValueError, MemoryError) as error:
+        sys.exit(f"tokenllm: the model cannot be served: {error}")
+
+
+def _scheduler(config: ServeConfig, engine: Engine) -> Scheduler:
+    return Scheduler(
+        TokenSlots(engine.kv_tokens),
+        Conservative(engine.kv_tokens),
+        rows=config.max_running_requests,
+        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        max_queued_requests=config.max_queued_requests,
+        max_queued_tokens=config.max_queued_tokens,
+        eos_ids=engine.eos_ids,
+    )
+
+
+if __name__ == "__main__":
+    main()
