@@ -1,5 +1,6 @@
 """The settings of `tokenllm serve`, frozen: one field per flag, and what each child process is told at birth."""
 
+from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -50,6 +51,18 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     gateway_processes: Annotated[int, _flag("HTTP processes sharing the port", ge=1, le=64)] = 1
     drain_s: Annotated[float, _DRAIN] = 30.0
     ring_bytes: Annotated[int, _RING] = 1 << 24
+
+
+def accepted_keys(config: ServeConfig) -> frozenset[str]:
+    """The keys a client may show; none at all means that nobody is asked for one."""
+    keys = {config.api_key} if config.api_key else set()
+    if config.api_key_file:
+        lines = Path(config.api_key_file).read_text(encoding="utf-8").splitlines()
+        from_file = {line.strip() for line in lines} - {""}
+        if not from_file:
+            raise ValueError("the file holds no key")
+        keys |= from_file
+    return frozenset(keys)
 
 
 class GatewayBirth(msgspec.Struct, frozen=True):
