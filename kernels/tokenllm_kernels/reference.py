@@ -2,7 +2,7 @@
 against these functions, and on a CPU these functions are the engine.
 
 Shapes: `tokens` is the ragged batch laid end to end; `slots` count tokens of KV memory; `kv` of one layer is
-`[slots + 1, kv_heads, 2, head_dim]`, K and V of one token and head adjacent. Its last slot stays zero: padding reads it.
+`[slots + 1, kv_heads, 2, head_dim]`, K and V of one token and head adjacent. Padding reads the last slot.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# ---------------------------------------------------------------------------------------------------------------- linear
+# ---- linear ----
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def linear(x: Tensor, w: Linear) -> Tensor:
             return functional.linear(x, w.weight, w.bias)
 
 
-# ----------------------------------------------------------------------------------------------- norms, activation, rope
+# ---- norms, activation, rope ----
 
 
 def embed(ids: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,7 +94,7 @@ def rope_table(inverse_frequencies: Tensor, positions: int, dtype: torch.dtype, 
 
 
 def _rotate(x: Tensor, table: Tensor) -> Tensor:
-    """The rotation of RoPE on halves: (a, b) → (a·cos − b·sin, b·cos + a·sin) (Su et al., 2021)."""
+    """The rotation of RoPE on halves: (a, b) → (a·cos - b·sin, b·cos + a·sin) (Su et al., 2021)."""
     cos, sin = table[:, :1], table[:, 1:]  # [tokens, 1, head_dim]
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
@@ -109,9 +109,9 @@ def rope_and_store(
 ) -> Tensor:
     """Split the fused projection, (normalise and) rotate q and k, write k and v to their token slots.
 
-    qkv [tokens, (heads + 2 · kv_heads) · head_dim]; table [tokens, 2, head_dim], the rows of `rope_table` at the tokens'
-    positions; kv [slots + 1, kv_heads, 2, head_dim], written in place at `slots` [tokens]; qk_norm (q weight, k weight,
-    eps) for families that normalise each head. Returns q [tokens, heads, head_dim].
+    qkv [tokens, (heads + 2 · kv_heads) · head_dim]; table [tokens, 2, head_dim], the rows of `rope_table` at the
+    tokens' positions; kv [slots + 1, kv_heads, 2, head_dim], written in place at `slots` [tokens]; qk_norm (q weight,
+    k weight, eps) for families that normalise each head. Returns q [tokens, heads, head_dim].
     """
     kv_heads, head_dim = kv.shape[1], kv.shape[3]
     parts = qkv.view(qkv.shape[0], heads + 2 * kv_heads, head_dim)
@@ -124,7 +124,7 @@ def rope_and_store(
     return rotated[:, :heads]
 
 
-# ------------------------------------------------------------------------------------------------------------- attention
+# ---- attention ----
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,12 @@ class Attention:
 
 
 def plan_attention(
-    index: Tensor, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], padding_slot: int, dtype: torch.dtype
+    index: Tensor,
+    rows: Sequence[int],
+    starts: Sequence[int],
+    counts: Sequence[int],
+    padding_slot: int,
+    dtype: torch.dtype,
 ) -> Attention:
     """Plan the attention of a ragged batch over the token-granular KV pool.
 
@@ -183,7 +188,7 @@ def plan_attention(
 
 
 def _groups_of_similar_length(ordered: list[int], ends: Sequence[int]) -> list[list[int]]:
-    """Cut sequences, shortest first, wherever padding to the next would read a quarter more than the tokens there are."""
+    """Cut sequences, shortest first, where padding to the next would read a quarter more than there is."""
     groups: list[list[int]] = []
     tokens = 0
     for i in ordered:
@@ -245,7 +250,7 @@ def _attend_chunk(q: Tensor, kv: Tensor, chunk: _Chunk) -> Tensor:
     return out[0].transpose(0, 1).reshape(q.shape[0], -1)
 
 
-# -------------------------------------------------------------------------------------------------------------- sampling
+# ---- sampling ----
 
 
 @dataclass(frozen=True)
@@ -264,8 +269,10 @@ class LogitsRule:
         return self.frequency_penalty != 0 or self.presence_penalty != 0
 
 
-def sample(logits: Tensor, rules: Sequence[LogitsRule], positions: Sequence[int], counts: Sequence[Tensor | None]) -> Tensor:
-    """Choose the next token of each row: [rows] int64, or −1 where the logits hold a NaN or nothing finite.
+def sample(
+    logits: Tensor, rules: Sequence[LogitsRule], positions: Sequence[int], counts: Sequence[Tensor | None]
+) -> Tensor:
+    """Choose the next token of each row: [rows] int64, or -1 where the logits hold a NaN or nothing finite.
 
     logits [rows, vocab] float32; positions: of the token to be chosen; counts: how often each token was generated
     before, [vocab], for rows whose rule penalizes. The order is OpenAI's: penalties, temperature, top-k, top-p.

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from tokenllm.memory.token_slots import Slots
 from tokenllm_kernels import LogitsRule
 
+__all__ = ["LogitsRule", "Piece", "Plan", "Sampled"]
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -45,7 +47,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a piece that samples gets back. Token −1: the model's output was not a number."""
+    """What a piece that samples gets back. Token -1: the model's output was not a number."""
 
     token: int
     logprob: float | None = None

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from tokenllm.engine.batch import Piece, Plan, Sampled
-from tokenllm.memory.token_slots import Slots
 from tokenllm.models.decoder import Decoder
 from tokenllm_kernels import plan_attention, sample, top_logprobs
 

@@ -1,4 +1,4 @@
-"""From a model path to a warm runner: picks device and precision, loads the weights, sizes KV memory from what is free."""
+"""From a model path to a warm runner: device and precision, weights, KV memory sized from what is free."""
 
 import os
 from dataclasses import dataclass

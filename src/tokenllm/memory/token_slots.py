@@ -1,5 +1,5 @@
-"""Which slots of KV memory are free. One slot holds one token of one sequence: there are no blocks, so nothing is wasted
-and nothing fragments. The free list is an array and a mark: to allocate is to take a slice, to free is to copy it back.
+"""Which slots of KV memory are free. One slot holds one token of one sequence: there are no blocks, so nothing is
+wasted and nothing fragments. The free list is an array and a mark: to take is a slice, to give back is a copy.
 """
 
 import numpy as np

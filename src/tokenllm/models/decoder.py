@@ -65,9 +65,8 @@ class Decoder:
     def __call__(
         self, ids: Tensor, positions: Tensor, slots: Tensor, kv: Sequence[Tensor], plan: Attention, last: Tensor
     ) -> Tensor:
-        """Run a ragged batch: ids, positions and slots are [tokens]; `last` [rows] picks the tokens whose logits are wanted.
-
-        Writes K and V of every token to its slot. Returns logits [rows, vocab] in float32.
+        """Run a ragged batch: ids, positions and slots are [tokens]; `last` [rows] picks the tokens whose logits are
+        wanted. Writes K and V of every token to its slot. Returns logits [rows, vocab] in float32.
         """
         rope = self.rope.index_select(0, positions)
         residual = embed(ids, self.embedding, self.dtype)

@@ -1,4 +1,4 @@
-"""A model family is a spec: what sets it apart from the one decoder of `decoder.py`. A new dense family is a few lines here.
+"""A model family is a spec: what sets it apart from the one decoder of `decoder.py`. A new one is a few lines here.
 
 Names are those of Hugging Face checkpoints, without `.weight`; `{i}` is the layer.
 """

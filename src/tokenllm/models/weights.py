@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tokenllm.checkpoint.description import ModelDescription
 from tokenllm.checkpoint import CheckpointError
+from tokenllm.checkpoint.description import ModelDescription
 from tokenllm.checkpoint.gguf import read_gguf
 from tokenllm.models.decoder import Decoder, Layer
 from tokenllm.models.families import Family, family_of
@@ -67,7 +67,7 @@ class SafetensorsFolder:
 
 
 class GgufFile:
-    """A Llama-architecture GGUF. Its q and k rows are interleaved for llama.cpp's rotary layout; here they come in halves."""
+    """A Llama-architecture GGUF. Its q and k rows are interleaved for llama.cpp's rotary layout, ours come in halves."""
 
     NAMES = (
         ("model.embed_tokens", "token_embd"),
@@ -121,7 +121,9 @@ def _of_shape(tensor: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
     return tensor
 
 
-def open_weights(path: Path, d: ModelDescription, device: torch.device, *, dummy: bool, dtype: torch.dtype) -> WeightSource:
+def open_weights(
+    path: Path, d: ModelDescription, device: torch.device, *, dummy: bool, dtype: torch.dtype
+) -> WeightSource:
     """The source that fits the path."""
     if dummy:
         return DummyWeights(device, dtype)
@@ -195,7 +197,7 @@ class _Builder:
 
 
 def inverse_frequencies(d: ModelDescription) -> Tensor:
-    """RoPE's θ^(−2i/head_dim), [head_dim / 2] float64, after the config's `rope_scaling`."""
+    """RoPE's θ^(-2i/head_dim), [head_dim / 2] float64, after the config's `rope_scaling`."""
     plain = d.rope_theta ** (-torch.arange(0, d.head_dim, 2, dtype=torch.float64) / d.head_dim)
     scaling = d.rope_scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -213,8 +215,10 @@ def inverse_frequencies(d: ModelDescription) -> Tensor:
 
 
 def _llama3_frequencies(plain: Tensor, scaling: dict) -> Tensor:
-    """Llama 3.1's stretch: long wavelengths divided by `factor`, short ones kept, a ramp between (its release notes)."""
-    context, low, high = (scaling[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
+    """Llama 3.1's stretch: long wavelengths divided by `factor`, short ones kept, a ramp between."""
+    context, low, high = (
+        scaling[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    )
     turns = context * plain / (2 * math.pi)  # how often a frequency turns within the original context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return plain * kept + plain / scaling["factor"] * (1 - kept)

@@ -19,7 +19,7 @@ class Demand:
 
 
 class Conservative:
-    """Admits a request only if everybody could reach `max_tokens`: Σ (prompt + max_tokens − 1) ≤ capacity.
+    """Admits a request only if everybody could reach `max_tokens`: Σ (prompt + max_tokens - 1) ≤ capacity.
 
     Nobody is ever paused, and memory that is reserved but never used is the price.
     """

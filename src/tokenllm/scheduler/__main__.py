@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.progress import track
 
 from tokenllm.checkpoint import CheckpointError
+from tokenllm.config import SchedulerBirth, ServeConfig
 from tokenllm.counters import Page
 from tokenllm.engine.start import Engine, start_engine
 from tokenllm.memory.token_slots import TokenSlots
 from tokenllm.messages import Inbound, Midway, Ready
 from tokenllm.process import die_with, read_birth
-from tokenllm.config import SchedulerBirth, ServeConfig
 from tokenllm.ring import Receiver, Sender
 from tokenllm.routing.policy import Conservative
 from tokenllm.scheduler.loop import Loop, send_when_room

@@ -2,11 +2,10 @@
 
 import numpy as np
 
-from tokenllm.engine.batch import Piece
+from tokenllm.engine.batch import LogitsRule, Piece
 from tokenllm.memory.token_slots import Slots
-from tokenllm.messages import Submit
+from tokenllm.messages import FinishReason, Submit
 from tokenllm.routing.policy import Demand
-from tokenllm_kernels import LogitsRule
 
 
 class Request:
@@ -30,7 +29,7 @@ class Request:
         self.row = -1  # given when it starts to run
         self.planned = 0  # tokens whose K and V are in memory, or on their way
         self.sampled = 0  # tokens generated, or on their way
-        self.reported = 0  # tokens generated and told
+        self.generated = 0  # tokens generated and known
         self.finished = False
         self._slots = np.empty(0, dtype=np.int32)  # slot of each position
 
@@ -49,6 +48,14 @@ class Request:
     @property
     def demand(self) -> Demand:
         return Demand(len(self.prompt), self.sampled, self.max_tokens)
+
+    def finish_reason(self, token: int, eos_ids: frozenset[int]) -> FinishReason | None:
+        """How the request ends with this token, its newest; None when it goes on."""
+        if token < 0:
+            return "error"
+        if token in eos_ids and not self.ignore_eos:
+            return "stop"
+        return "length" if self.generated == self.max_tokens else None
 
     def start(self, row: int) -> None:
         self.row = row

@@ -81,7 +81,8 @@ class Scheduler:
             return Refused(submit.uid, 400, "context_length_exceeded", word)
         if submit.adapter or submit.media:
             return Refused(submit.uid, 400, "unsupported_parameter", "adapters and media are not served")
-        if len(self.waiting) >= max_requests or self.waiting and self.waiting_tokens + len(request.prompt) > max_tokens:
+        too_long = self.waiting_tokens + len(request.prompt) > max_tokens
+        if len(self.waiting) >= max_requests or (self.waiting and too_long):
             word = f"the queue is full: {len(self.waiting)} requests with {self.waiting_tokens} prompt tokens wait"
             return Refused(submit.uid, 429, "queue_full", word)
         return None
@@ -129,28 +130,25 @@ class Scheduler:
             self.running.append(request)
 
     def settle(self, requests: tuple[Request, ...], outcome: tuple[Sampled, ...]) -> Step:
-        """Enter what a step sampled: finish who is done, and tell the detokenizer."""
-        told = [(r, s, self._finish_reason(r, s.token)) for r, s in zip(requests, outcome, strict=True) if not r.finished]
-        for request, _, reason in told:
-            if reason:
-                self._finish(request)
-        valid = [(request, sampled) for request, sampled, _ in told if sampled.token >= 0]
+        """Enter what a step sampled, finish who is done, and tell the detokenizer."""
+        told = [(request, sampled) for request, sampled in zip(requests, outcome, strict=True) if not request.finished]
+        reasons = [self._enter(request, sampled.token) for request, sampled in told]
+        valid = [(request, sampled) for request, sampled in told if sampled.token >= 0]
         return Step(
-            uids=tuple(request.uid for request, _, _ in told),
-            counts=tuple(int(sampled.token >= 0) for _, sampled, _ in told),
+            uids=tuple(request.uid for request, _ in told),
+            counts=tuple(int(sampled.token >= 0) for _, sampled in told),
             ids=b"".join(sampled.token.to_bytes(4, "little") for _, sampled in valid),
-            finished=tuple(FINISHED[reason] if reason else STILL_RUNNING for _, _, reason in told),
+            finished=tuple(FINISHED[reason] if reason else STILL_RUNNING for reason in reasons),
             cached_tokens=(0,) * len(told),
             logprobs={r.uid: (TokenLogprob(s.token, s.logprob, s.top),) for r, s in valid if s.logprob is not None},
         )
 
-    def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
-        if token < 0:
-            return "error"
-        if token in self._eos_ids and not request.ignore_eos:
-            return "stop"
-        request.reported += 1  # `sampled` counts what is on its way, too
-        return "length" if request.reported == request.max_tokens else None
+    def _enter(self, request: Request, token: int) -> FinishReason | None:
+        request.generated += 1
+        reason = request.finish_reason(token, self._eos_ids)
+        if reason:
+            self._finish(request)
+        return reason
 
 
 def _last_words(requests: list[Request], reason: FinishReason) -> Step:
