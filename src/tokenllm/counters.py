@@ -76,7 +76,7 @@ METRICS = (
 
 
 def _places() -> tuple[dict[tuple[str, str], int], dict[str, tuple[int, tuple[float, ...]]], int]:
-    """Where values lie, by (name, label); where histograms begin: a number per bucket, one for what is above, the sum."""
+    """Where values lie, by (name, label); where histograms begin: events per bucket, events above them, their sum."""
     values, histograms, end = {}, {}, 0
     for metric in METRICS:
         if metric.kind == "histogram":
@@ -100,7 +100,7 @@ def create_page() -> int:
 
 
 class Page:
-    """One process's numbers. Only their owner adds, sets and observes; a name that is not in the table is a KeyError."""
+    """One process's numbers. Only their owner adds, sets and observes; a name not in the table is a KeyError."""
 
     def __init__(self, fd: int) -> None:
         self._slots = memoryview(mmap.mmap(fd, 8 * SLOTS)).cast("d")  # an item is one aligned 8-byte store or load

@@ -22,7 +22,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from struct import Struct
 from types import UnionType
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, TypeVar
 from zlib import crc32
 
 import msgspec
@@ -30,7 +30,6 @@ import msgspec
 from tokenllm.host_memory import available_bytes
 
 M = TypeVar("M", bound=msgspec.Struct)
-Payload: TypeAlias = bytes | bytearray | memoryview
 
 HEAD, TAIL, DATA = 0, 64, 128  # byte offsets
 SMALLEST_CAPACITY = 64
@@ -123,10 +122,10 @@ class Sender(_End, Generic[M]):
         """Put a message in. Raises RingFull, having changed nothing, and FrameTooLarge."""
         self.put(self._encode(message))
 
-    def put(self, payload: Payload) -> None:
+    def put(self, payload: bytes | bytearray) -> None:
         """Put raw bytes in, publish them and ring the bell."""
         counters, data = self._counters, self._data
-        length = payload.nbytes if isinstance(payload, memoryview) else len(payload)
+        length = len(payload)
         size = _padded(length)
         if size > self.capacity // 2:
             raise FrameTooLarge(f"a frame of {length} bytes in a ring that carries {self.capacity // 2 - HEADER.size}")
