@@ -1,0 +1,74 @@
+"""The command line: `tokenllm serve`. Its flags are the fields of ServeConfig, read from the table in config.py."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from msgspec import inspect
+
+import tokenllm
+from tokenllm import settings
+from tokenllm.settings import SettingError
+from tokenllm.supervisor.serve import serve
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    namespace = vars(_parser().parse_args(arguments))
+    return namespace.pop("command")(namespace)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tokenllm", description=tokenllm.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=tokenllm.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands.add_parser("serve", help="serve a model to OpenAI clients", allow_abbrev=False))
+    return parser
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=_serve)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; environment and flags win")
+    parser.add_argument("--print-config", action="store_true", help="print the settings as TOML, keys masked, and exit")
+    for field in settings.TABLE.values():
+        _add_setting(parser, field)
+
+
+def _add_setting(parser: argparse.ArgumentParser, field: settings.Field) -> None:
+    # values stay text here: settings.to_config is the one place that types them, whatever their source
+    help = f"{field.help} (default {json.dumps(field.default)}, environment {field.variable})".replace("%", "%%")
+    match field:
+        case settings.Field(name="model"):
+            parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=help)
+        case settings.Field(kind=inspect.BoolType()):
+            parser.add_argument(field.flag, action="store_const", const="true", default=argparse.SUPPRESS, help=help)
+        case _:
+            parser.add_argument(field.flag, default=argparse.SUPPRESS, metavar=_metavar(field), help=help)
+
+
+def _metavar(field: settings.Field) -> str:
+    match field.kind:
+        case inspect.LiteralType(values=values):
+            return "|".join(map(str, values))
+        case inspect.IntType() | inspect.FloatType():
+            return "N"
+        case _:
+            return field.name.rpartition("_")[2].upper()
+
+
+def _serve(namespace: dict[str, Any]) -> int:
+    file, print_config = namespace.pop("config"), namespace.pop("print_config")
+    try:
+        given = settings.gather(file, os.environ, namespace)
+        config = settings.to_config(given)
+        if print_config:
+            print(settings.as_toml(config, given), end="")
+            return 0
+        settings.check(config)
+    except SettingError as error:
+        print(f"tokenllm: {error}", file=sys.stderr)
+        return 2
+    return serve(config)
