@@ -1,0 +1,102 @@
+"""Text to token ids and back, with the model's own tokens.
+
+A `Tokenizer` is an encoder for ordinary text, the control and other added tokens around it, and the bytes of
+every token. It never changes, may be used by many threads at once, and leaves the GIL while it encodes.
+Where the tokens come from is `vocabulary.py`.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenllm.checkpoint.description import describe
+from tokenllm.text.vocabulary import AddedToken, Vocabulary, load_vocabulary
+
+
+def load_tokenizer(path: Path) -> "Tokenizer":
+    """The tokenizer of a .gguf file or a Hugging Face folder."""
+    description = describe(path)
+    return Tokenizer(load_vocabulary(path), description.eos_ids, description.bos_id)
+
+
+class Tokenizer:
+    """Encodes text for a model and decodes what it says."""
+
+    def __init__(self, vocabulary: Vocabulary, eos_ids: frozenset[int], bos_id: int | None):
+        self.eos_ids, self.bos_id = eos_ids, bos_id
+        self.adds_bos = vocabulary.adds_bos and bos_id is not None
+        self.special_ids = frozenset(token.id for token in vocabulary.added if token.special)
+        self.special_literals = tuple(token.content for token in vocabulary.added if token.special)
+        self.pieces = vocabulary.pieces
+        self.shown_pieces = {id_: piece for id_, piece in self.pieces.items() if id_ not in self.special_ids}
+        self.vocab_size = max(self.pieces) + 1
+        self.leading_space = vocabulary.leading_space
+        self._encoder = vocabulary.encoder
+        self._added_words = _Splitter(token for token in vocabulary.added if not token.special)
+        # nothing can hide in a literal of one character: such a control token is out of reach of any text
+        self._added = _Splitter(token for token in vocabulary.added if not token.special or len(token.content) > 1)
+
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        """Ids of text in which control tokens are plain text. `first`: nothing stands before it in the prompt."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("text holds a lone surrogate, which is no character") from error
+        ids: list[int] = []
+        for section in self._added_words.split(text):
+            ids += [section] if isinstance(section, int) else self._encoder.encode(section, first and not ids)
+        return ids
+
+    def encode_with_specials(self, text: str, unseen: str = "") -> list[int]:
+        """Ids of text whose control-token literals become control tokens.
+
+        The character `unseen` is dropped once these have been found: put inside a literal, it keeps that plain text.
+        """
+        ids: list[int] = []
+        for section in self._added.split(text):
+            ids += [section] if isinstance(section, int) else self.encode(section.replace(unseen, ""), first=not ids)
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of ids. Ids beyond the vocabulary have none; broken UTF-8 becomes U+FFFD."""
+        pieces = self.shown_pieces if skip_special else self.pieces
+        data = b"".join([pieces.get(id_, b"") for id_ in ids])
+        return data.removeprefix(b" " if self.leading_space else b"").decode("utf-8", "replace")
+
+    def token_bytes(self, id_: int) -> bytes:
+        """The raw bytes of one token; of a control token, those of its literal."""
+        return self.pieces.get(id_, b"")
+
+
+class _Splitter:
+    """Cuts text at the literals of added tokens, leftmost and longest first."""
+
+    def __init__(self, tokens: Iterable[AddedToken]):
+        self._tokens = {token.content: token for token in tokens}
+        self._literals = re.compile(f"({trie_pattern(self._tokens)})") if self._tokens else None
+
+    def split(self, text: str) -> list[str | int]:
+        """Ordinary text and ids by turns."""
+        if not self._literals:
+            return [text]
+        sections: list[Any] = self._literals.split(text)
+        for at in range(1, len(sections), 2):
+            token = self._tokens[sections[at]]
+            sections[at] = token.id
+            sections[at - 1] = sections[at - 1].rstrip() if token.lstrip else sections[at - 1]
+            sections[at + 1] = sections[at + 1].lstrip() if token.rstrip else sections[at + 1]
+        return sections
+
+
+def trie_pattern(words: Iterable[str]) -> str:
+    """A pattern for the longest of some words that looks at each character once, however many words there are."""
+    tails: defaultdict[str, set[str]] = defaultdict(set)
+    for word in words:
+        tails[word[:1]].add(word[1:])
+    ends_here = tails.pop("", None) is not None
+    branches = [re.escape(head) + trie_pattern(tail) for head, tail in sorted(tails.items())]
+    if len(branches) == 1 and not ends_here:
+        return branches[0]
+    return f"(?:{'|'.join(branches)})" + ("?" if ends_here else "")

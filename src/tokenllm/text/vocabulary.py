@@ -1,0 +1,194 @@
+"""What a model's files say about its tokens: tokenizer.json of a Hugging Face folder, or a GGUF file's metadata.
+
+A byte-level BPE whose parts are all recognised is encoded by tiktoken; anything else by the `tokenizers` library.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tokenizers
+
+from tokenllm.checkpoint import CheckpointError
+from tokenllm.checkpoint.description import read_json
+from tokenllm.checkpoint.gguf import Gguf, read_gguf
+from tokenllm.text.bpe import (
+    BYTES,
+    GPT2,
+    LLAMA3,
+    PATTERNS,
+    QWEN2,
+    SMOLLM,
+    ByteLevelBpe,
+    Encoder,
+    LibraryEncoder,
+    TiktokenEncoder,
+    is_exact,
+    library_tokenizer,
+    to_bytes,
+)
+
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+GGUF_PATTERNS = {"smollm": SMOLLM, "llama-bpe": LLAMA3, "qwen2": QWEN2, "gpt-2": GPT2}
+SPACE = "▁"  # how SentencePiece vocabularies write a space
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class AddedToken(msgspec.Struct, frozen=True):
+    """A token matched by its literal before anything else. `special` ones are control tokens, and never shown."""
+
+    id: int
+    content: str
+    special: bool = False
+    lstrip: bool = False  # swallows white space before it
+    rstrip: bool = False
+    single_word: bool = False
+
+
+class Vocabulary(msgspec.Struct, frozen=True):
+    """Everything a `Tokenizer` is made of but the ends of text."""
+
+    encoder: Encoder
+    pieces: dict[int, bytes]  # every token's bytes, those of added tokens included
+    added: tuple[AddedToken, ...]
+    adds_bos: bool  # to a prompt that no chat template has rendered
+    leading_space: bool = False  # text begins with a space that decoding drops
+
+
+def load_vocabulary(path: Path) -> Vocabulary:
+    return _of_gguf(read_gguf(path)) if path.suffix == ".gguf" else _of_folder(path / "tokenizer.json")
+
+
+def _of_gguf(gguf: Gguf) -> Vocabulary:
+    kind, pre = (gguf.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind != "gpt2" or pre not in GGUF_PATTERNS:
+        raise CheckpointError(
+            f"{gguf.path}: tokenizer.ggml.model {kind!r} with pre-tokenizer {pre!r} is not supported, "
+            f"only 'gpt2' with {', '.join(GGUF_PATTERNS)}; serve the model's Hugging Face folder instead"
+        )
+    tokens, types, merges = (_gguf_list(gguf, key) for key in ("tokens", "token_type", "merges"))
+    typed = list(enumerate(zip(tokens, types, strict=True)))
+    added = tuple(
+        AddedToken(id_, token, special=type_ == CONTROL)
+        for id_, (token, type_) in typed
+        if type_ in (CONTROL, USER_DEFINED)
+    )
+    ordinary = {token: id_ for id_, (token, type_) in typed if type_ == NORMAL}
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    bpe = ByteLevelBpe(ordinary, pairs, GGUF_PATTERNS[pre], ignore_merges=pre == "llama-bpe")
+    encoder = TiktokenEncoder(bpe) if is_exact(bpe) else LibraryEncoder(library_tokenizer(bpe))
+    adds_bos = gguf.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")
+    return Vocabulary(encoder, _byte_level_pieces(ordinary) | _literals(added), added, adds_bos)
+
+
+def _gguf_list(gguf: Gguf, key: str) -> list[Any]:
+    if not isinstance(found := gguf.metadata.get(f"tokenizer.ggml.{key}"), list):
+        raise CheckpointError(f"{gguf.path}: tokenizer.ggml.{key} is missing")
+    return found
+
+
+def _of_folder(path: Path) -> Vocabulary:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: holds no tokenizer.json")
+    content = read_json(path)
+    try:
+        added = tuple(msgspec.convert(content.get("added_tokens", []), list[AddedToken]))
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{path}: added_tokens: {error}") from error
+    if single := [token.content for token in added if token.single_word]:
+        raise CheckpointError(f"{path}: added_tokens {single}: single_word is not supported")
+    library = _library(content, path)
+    ordinary = {
+        token: id_ for token, id_ in library.get_vocab(with_added_tokens=False).items() if id_ not in _literals(added)
+    }
+    decoded, leading_space = _decoded_pieces(content.get("decoder"), ordinary, path)
+    bpe = _recognised(content, ordinary)
+    encoder = TiktokenEncoder(bpe) if bpe and is_exact(bpe) else _library_encoder(content, path)
+    adds_bos = _adds_bos(content.get("post_processor"))
+    return Vocabulary(encoder, decoded | _literals(added), added, adds_bos, leading_space)
+
+
+def _literals(added: tuple[AddedToken, ...]) -> dict[int, bytes]:
+    return {token.id: token.content.encode() for token in added}
+
+
+def _recognised(content: dict[str, Any], ordinary: dict[str, int]) -> ByteLevelBpe | None:
+    """The byte-level BPE of a tokenizer.json of which nothing is left out; None if it is anything else."""
+    model, normalizer = content["model"], content.get("normalizer")
+    pattern = _pattern(content.get("pre_tokenizer"))
+    unusual = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    if model.get("type") != "BPE" or not pattern or normalizer not in (None, {"type": "NFC"}):
+        return None
+    if any(model.get(key) for key in unusual) or (model.get("unk_token") and BYTES.keys() - ordinary.keys()):
+        return None
+    merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    pairs = [(left, right) for left, right in merges]
+    return ByteLevelBpe(ordinary, pairs, pattern, normalizer is not None, model.get("ignore_merges", False))
+
+
+def _pattern(pre_tokenizer: Any) -> str | None:
+    """The words a tokenizer.json cuts text into before it maps them to bytes."""
+    match pre_tokenizer:
+        case {"type": "ByteLevel", "add_prefix_space": False} if pre_tokenizer.get("use_regex", True):
+            return GPT2
+        case {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, words]}:
+            return SMOLLM if _pattern(words) == GPT2 else None
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        }:
+            return pattern if pattern in PATTERNS else None
+    return None
+
+
+def _library(content: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _library_encoder(content: dict[str, Any], path: Path) -> LibraryEncoder:
+    """An encoder that knows the beginning of a prompt, where some models put a space before the first word."""
+    words = json.dumps(content.get("pre_tokenizer"))
+    later = content | {
+        "pre_tokenizer": json.loads(words.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"'))
+    }
+    return LibraryEncoder(_library(content, path), _library(later, path) if later != content else None)
+
+
+def _decoded_pieces(decoder: Any, ordinary: dict[str, int], path: Path) -> tuple[dict[int, bytes], bool]:
+    """The bytes each token decodes to, and whether the space that text begins with is dropped."""
+    match decoder:
+        case {"type": "ByteLevel"}:
+            return _byte_level_pieces(ordinary), False
+        case {"type": "Metaspace", "replacement": "▁"}:
+            return _sentence_pieces(ordinary), decoder.get("prepend_scheme", "always") != "never"
+        case {"type": "Sequence", "decoders": [{"type": "Replace", "content": " "}, {"type": "ByteFallback"}, *rest]}:
+            return _sentence_pieces(ordinary), any(one.get("type") == "Strip" for one in rest)
+    raise CheckpointError(f"{path}: decoder {json.dumps(decoder)} is not supported")
+
+
+def _byte_level_pieces(ordinary: dict[str, int]) -> dict[int, bytes]:
+    return {id_: to_bytes(token) if BYTES.keys() >= set(token) else token.encode() for token, id_ in ordinary.items()}
+
+
+def _sentence_pieces(ordinary: dict[str, int]) -> dict[int, bytes]:
+    return {
+        id_: bytes.fromhex(byte[1]) if (byte := BYTE_TOKEN.fullmatch(token)) else token.replace(SPACE, " ").encode()
+        for token, id_ in ordinary.items()
+    }
+
+
+def _adds_bos(post_processor: Any) -> bool:
+    match post_processor:
+        case {"type": "TemplateProcessing", "single": [{"SpecialToken": _}, *_]}:
+            return True
+        case {"type": "Sequence", "processors": list(processors)}:
+            return any(_adds_bos(one) for one in processors)
+    return False
