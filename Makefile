@@ -44,11 +44,20 @@ check: $(VENV)/.test ## format, lint, types, floors, compose file
 	$(BIN)/lint-imports
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
 
+load: $(VENV)/.load ## load the server on PORT and report speed and latency (ARGS="--concurrency 1,8,16 …")
+	$(BIN)/python load_tests/load.py --base-url http://127.0.0.1:$(PORT)/v1 $(ARGS)
+
+bench-cpu: $(VENV)/.bench ## the embedded model against llama.cpp and transformers on this CPU
+	$(BIN)/python load_tests/cpu_peers.py $(ARGS)
+
+bench-ring: $(VENV)/.load ## the ring against a pipe and a queue
+	$(BIN)/python load_tests/ring.py $(ARGS)
+
 lock: ## resolve every dependency anew and write constraints.txt (with the oldest Python, so that it fits all)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make lock wants PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install -c constraints-cpu.txt hatchling editables
-	$(VENV)-lock/bin/python -m pip install -c constraints-cpu.txt --no-build-isolation -e ".[test]"
+	$(VENV)-lock/bin/python -m pip install -c constraints-cpu.txt --no-build-isolation -e ".[test,bench]"
 	grep '^#' constraints.txt > constraints.new
 	$(VENV)-lock/bin/python -m pip freeze --exclude-editable | grep -vE '^(torch|triton|nvidia-.*|cuda-.*|setuptools)==' >> constraints.new
 	mv constraints.new constraints.txt
@@ -76,6 +85,10 @@ $(VENV)/.serve: $(VENV)/.python pyproject.toml $(PINS)
 
 $(VENV)/.load: $(VENV)/.serve
 	$(TOKENLLM) ".[load]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.load
+	$(TOKENLLM) ".[bench]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.serve
