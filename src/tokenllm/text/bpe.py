@@ -24,6 +24,8 @@ LLAMA3 = (
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 PATTERNS = (GPT2, SMOLLM, LLAMA3, QWEN2)
 
+NEVER = 1 << 62  # an id beyond all
+
 # tiktoken's regex engine keeps a state per white-space character and gives up, with a panic, at about a million
 LONGEST_WHITE_SPACE = 100_000
 ENDLESS_WHITE_SPACE = re.compile(rf"\s{{{LONGEST_WHITE_SPACE}}}")
@@ -63,33 +65,32 @@ class Encoder(Protocol):
 def is_exact(bpe: ByteLevelBpe) -> bool:
     """Whether tiktoken, which sees only ids, does what the merge list says, on any text.
 
-    While no merge has crossed the ends of some token's letters, they merge as they would alone. So the
-    token is born of one pair only, the one seen when it is merged alone: that pair must be in the list,
-    and the list in the order of the ids.
+    Until a merge crosses the ends of a stretch of letters, these merge as they would alone. So wherever a token
+    is formed, its last two parts are the ones it has when its letters are merged alone. tiktoken is exact
+    if the list forms each token out of just these, and is in the order of the ids.
     """
-    if not bpe.vocabulary or not all(char in BYTES for token in bpe.vocabulary for char in token):
+    ids = bpe.vocabulary
+    if not ids or not all(BYTES.keys() >= set(token) for token in ids):
         return False
-    ids = [bpe.vocabulary.get(left + right, -1) for left, right in bpe.merges]
-    if -1 in ids or any(earlier > later for earlier, later in pairwise(ids)):
+    order = [ids.get(left + right, -1) for left, right in bpe.merges]
+    if -1 in order or any(earlier > later for earlier, later in pairwise(order)):
         return False
     merges = set(bpe.merges)
-    births = (_birth(token, bpe.vocabulary) for token in bpe.vocabulary if len(token) > 1)
-    return all(birth in merges if birth else bpe.ignore_merges for birth in births)
+    last_parts = (_merged_alone(token, ids) for token in ids if len(token) > 1)
+    # a token that is never formed is still found by tiktoken if it is a whole word, as it is with ignore_merges
+    return all(tuple(parts) in merges if len(parts) == 2 else bpe.ignore_merges for parts in last_parts)
 
 
-def _birth(token: str, vocabulary: dict[str, int]) -> tuple[str, str] | None:
-    """The last two parts of a token when its letters are merged alone, lowest id first; None if they never meet."""
+def _merged_alone(token: str, ids: dict[str, int]) -> list[str]:
+    """What is left of a token's letters, merged lowest id first, when two are left or no merge is."""
     parts = list(token)
     while len(parts) > 2:
-        ids = [vocabulary.get(left + right, NEVER) for left, right in pairwise(parts)]
-        if (lowest := min(ids)) == NEVER:
-            return None
-        at = ids.index(lowest)
+        found = [ids.get(left + right, NEVER) for left, right in pairwise(parts)]
+        if (lowest := min(found)) == NEVER:
+            return parts
+        at = found.index(lowest)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts[0], parts[1]
-
-
-NEVER = 1 << 62
+    return parts
 
 
 def library_tokenizer(bpe: ByteLevelBpe) -> Tokenizer:

@@ -5,6 +5,7 @@ A byte-level BPE whose parts are all recognised is encoded by tiktoken; anything
 
 import json
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class AddedToken(msgspec.Struct, frozen=True):
 class Vocabulary(msgspec.Struct, frozen=True):
     """Everything a `Tokenizer` is made of but the ends of text."""
 
-    encoder: Encoder
+    make_encoder: Callable[[], Encoder]  # seconds of work for a large vocabulary, and only some need it
     pieces: dict[int, bytes]  # every token's bytes, those of added tokens included
     added: tuple[AddedToken, ...]
     adds_bos: bool  # to a prompt that no chat template has rendered
@@ -78,9 +79,12 @@ def _of_gguf(gguf: Gguf) -> Vocabulary:
     ordinary = {token: id_ for id_, (token, type_) in typed if type_ == NORMAL}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     bpe = ByteLevelBpe(ordinary, pairs, GGUF_PATTERNS[pre], ignore_merges=pre == "llama-bpe")
-    encoder = TiktokenEncoder(bpe) if is_exact(bpe) else LibraryEncoder(library_tokenizer(bpe))
+
+    def make_encoder() -> Encoder:
+        return TiktokenEncoder(bpe) if is_exact(bpe) else LibraryEncoder(library_tokenizer(bpe))
+
     adds_bos = gguf.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")
-    return Vocabulary(encoder, _byte_level_pieces(ordinary) | _literals(added), added, adds_bos)
+    return Vocabulary(make_encoder, _byte_level_pieces(ordinary) | _literals(added), added, adds_bos)
 
 
 def _gguf_list(gguf: Gguf, key: str) -> list[Any]:
@@ -99,19 +103,27 @@ def _of_folder(path: Path) -> Vocabulary:
         raise CheckpointError(f"{path}: added_tokens: {error}") from error
     if single := [token.content for token in added if token.single_word]:
         raise CheckpointError(f"{path}: added_tokens {single}: single_word is not supported")
-    library = _library(content, path)
-    ordinary = {
-        token: id_ for token, id_ in library.get_vocab(with_added_tokens=False).items() if id_ not in _literals(added)
-    }
+    literals = _literals(added)
+    ordinary = {token: id_ for token, id_ in _numbered(content["model"]["vocab"]) if id_ not in literals}
     decoded, leading_space = _decoded_pieces(content.get("decoder"), ordinary, path)
-    bpe = _recognised(content, ordinary)
-    encoder = TiktokenEncoder(bpe) if bpe and is_exact(bpe) else _library_encoder(content, path)
     adds_bos = _adds_bos(content.get("post_processor"))
-    return Vocabulary(encoder, decoded | _literals(added), added, adds_bos, leading_space)
+
+    def make_encoder() -> Encoder:
+        bpe = _recognised(content, ordinary)
+        return TiktokenEncoder(bpe) if bpe and is_exact(bpe) else _library_encoder(content, path)
+
+    return Vocabulary(make_encoder, decoded | literals, added, adds_bos, leading_space)
 
 
 def _literals(added: tuple[AddedToken, ...]) -> dict[int, bytes]:
     return {token.id: token.content.encode() for token in added}
+
+
+def _numbered(vocabulary: Any) -> Iterable[tuple[str, int]]:
+    """Tokens and ids; Unigram models list pairs of token and score instead."""
+    if isinstance(vocabulary, dict):
+        return vocabulary.items()
+    return ((token, id_) for id_, (token, _) in enumerate(vocabulary))
 
 
 def _recognised(content: dict[str, Any], ordinary: dict[str, int]) -> ByteLevelBpe | None:
