@@ -1,0 +1,93 @@
+"""The embedded model in both CPU precisions, a driver that feeds it requests, and transformers as the oracle."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tokenllm.checkpoint.description import describe
+from tokenllm.engine.batch import Plan, Sampled
+from tokenllm.engine.runner import Runner
+from tokenllm.memory.token_slots import TokenSlots
+from tokenllm.messages import Sampling, Submit
+from tokenllm.models.weights import Precision, load_decoder, open_weights
+from tokenllm.scheduler.request import Request
+
+CPU = torch.device("cpu")
+SLOTS, ROWS, CONTEXT = 8192, 24, 1024
+
+
+class Driver:
+    """Runs requests on a runner, each from a step of its own, and keeps what they sampled."""
+
+    def __init__(self, runner: Runner, margin: float, tolerance: float) -> None:
+        self.runner = runner
+        self.margin, self.tolerance = margin, tolerance  # of the precision: what is a near-tie, how far logprobs may be
+        self.slots = TokenSlots(SLOTS)
+
+    def run(self, submits: Sequence[tuple[int, Submit]], chunk: int = 40) -> list[list[Sampled]]:
+        requests = [Request(submit) for _, submit in submits]
+        for row, request in enumerate(requests):
+            request.start(ROWS - 1 - row)
+        told: dict[int, list[Sampled]] = {id(request): [] for request in requests}
+        step = 0
+        while any(request.wants_step for request in requests):
+            joined = [r for r, (since, _) in zip(requests, submits, strict=True) if since <= step and r.wants_step]
+            step += 1
+            if not joined:
+                continue
+            pieces = [r.next_piece(self.slots.take(min(chunk, r.prompt_left) or 1)) for r in joined]
+            sampling = [r for r, piece in zip(joined, pieces, strict=True) if piece.samples]
+            for request, sampled in zip(sampling, self.runner.collect(self.runner.launch(Plan(tuple(pieces)))), strict=True):
+                told[id(request)].append(sampled)
+            for request in sampling:
+                if not request.wants_step:
+                    self.slots.give_back(request.held_slots)
+        return [told[id(request)] for request in requests]
+
+
+def submit(ids: Sequence[int], max_tokens: int, **sampling: float) -> Submit:
+    rule = Sampling(**({"seed": 0, "temperature": 0.0, "logprobs": 5} | sampling))
+    return Submit(0, np.asarray(ids, dtype="<i4").tobytes(), max_tokens, rule, ignore_eos=True)
+
+
+@pytest.fixture(name="submit")
+def submit_fixture() -> Callable[..., Submit]:
+    return submit
+
+
+@pytest.fixture(scope="session", params=["float32", "auto"])
+def driver(request: pytest.FixtureRequest, default_model: Path) -> Driver:
+    description = describe(default_model)
+    source = open_weights(default_model, description, CPU, dummy=False, dtype=torch.float32)
+    precision = Precision(torch.float32, half_weights=request.param == "auto")
+    runner = Runner(load_decoder(source, description, precision, CPU, CONTEXT), SLOTS, ROWS, CONTEXT)
+    return Driver(runner, *((0.001, 1e-3) if request.param == "float32" else (0.03, 0.02)))
+
+
+@pytest.fixture(scope="session")
+def oracle(default_model: Path) -> LlamaForCausalLM:
+    """transformers' model with the weights of the GGUF, dequantized, in float32."""
+    d = describe(default_model)
+    config = LlamaConfig(
+        hidden_size=d.hidden_size,
+        intermediate_size=d.intermediate_size,
+        num_hidden_layers=d.layers,
+        num_attention_heads=d.heads,
+        num_key_value_heads=d.kv_heads,
+        vocab_size=d.vocab_size,
+        rms_norm_eps=d.rms_norm_eps,
+        max_position_embeddings=d.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": d.rope_theta},
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    source = open_weights(default_model, d, CPU, dummy=False, dtype=torch.float32)
+    names = [name for name in model.state_dict() if name != "lm_head.weight"]
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    model.load_state_dict({name: source.get(name, shapes[name]) for name in names}, strict=False)
+    model.tie_weights()
+    return model
