@@ -6,7 +6,7 @@ with the values that ask for nothing; any other value is refused, since ignoring
 
 import reprlib
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, LiteralString, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, LiteralString, TypeAlias, TypeVar, cast
 
 from pydantic import (
     AfterValidator,
@@ -28,6 +28,7 @@ MAX_PROMPTS = 256
 MAX_MESSAGES = 10_000
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 1024
 MAX_LOGPROBS = 20
+USUAL_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
 
 
 def only(*harmless: object) -> AfterValidator:
@@ -82,20 +83,20 @@ Prompt: TypeAlias = Annotated[
 ]
 
 
-class _Body(BaseModel):
+class RequestBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
 
-class StreamOptions(_Body):
+class StreamOptions(RequestBody):
     include_usage: bool | None = None
 
 
-class ContentPart(_Body):
+class ContentPart(RequestBody):
     type: str
     text: str | None = None
 
 
-class ChatMessage(_Body):
+class ChatMessage(RequestBody):
     """One turn. `developer` is another word for `system`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -103,9 +104,17 @@ class ChatMessage(_Body):
     name: str | None = None
     tool_call_id: str | None = None
 
+    def text(self) -> str:
+        """All its text parts, one under the other."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text or "" for part in self.content or [])
 
-class _Generation(_Body):
+
+class Generation(RequestBody):
     """What both generating endpoints share."""
+
+    prompt_field: ClassVar[str]  # where what the model reads is written
 
     model: str
     temperature: Temperature | None = None
@@ -136,7 +145,7 @@ class _Generation(_Body):
     guided_choice: Annotated[Any, only()] = None
 
     @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> "_Generation":
+    def _stream_options_need_stream(self) -> "Generation":
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options", "is only allowed together with stream: true")
         return self
@@ -144,12 +153,26 @@ class _Generation(_Body):
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    def choices_each(self) -> int:
+        """How many answers to each prompt."""
+        return self.n or 1
+
+    def token_limit(self) -> int | None:
+        """The most tokens to generate; None means as many as the context has room for."""
+        raise NotImplementedError
+
+    def alternatives(self) -> int | None:
+        """How many alternatives to report for each token; None means no logprobs at all."""
+        raise NotImplementedError
+
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatCompletionRequest(_Generation):
+class ChatCompletionRequest(Generation):
     """POST /v1/chat/completions"""
+
+    prompt_field = "messages"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: TokenCount | None = None
@@ -185,12 +208,13 @@ class ChatCompletionRequest(_Generation):
         return self.max_completion_tokens or self.max_tokens
 
     def alternatives(self) -> int | None:
-        """How many alternatives to report for each token; None means no logprobs at all."""
         return self.top_logprobs or 0 if self.logprobs else None
 
 
-class CompletionRequest(_Generation):
+class CompletionRequest(Generation):
     """POST /v1/completions"""
+
+    prompt_field = "prompt"
 
     prompt: Prompt
     logprobs: Logprobs | None = None
@@ -200,7 +224,7 @@ class CompletionRequest(_Generation):
     best_of: Annotated[Any, only(1)] = None
 
     def token_limit(self) -> int | None:
-        return self.max_tokens
+        return self.max_tokens or USUAL_COMPLETION_TOKENS
 
     def alternatives(self) -> int | None:
         return self.logprobs
@@ -212,7 +236,7 @@ class CompletionRequest(_Generation):
         return cast(Sequence[str | list[int]], [prompt] if alone else prompt)
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(RequestBody):
     """POST /tokenize: either a prompt or messages."""
 
     model: str | None = None
@@ -228,14 +252,14 @@ class TokenizeRequest(_Body):
         return self
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(RequestBody):
     """POST /detokenize"""
 
     model: str | None = None
     tokens: list[TokenId]
 
 
-Body = TypeVar("Body", bound=_Body)
+Body = TypeVar("Body", bound=RequestBody)
 
 
 def parse(kind: type[Body], body: bytes) -> Body:

@@ -9,7 +9,12 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
-SMALLEST_LOGPROB = -9999.0  # JSON has no minus infinity
+SMALLEST_LOGPROB = -9999.0
+
+
+def floored(logprob: float) -> float:
+    """JSON has no minus infinity."""
+    return max(logprob, SMALLEST_LOGPROB)
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):

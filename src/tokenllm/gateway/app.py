@@ -1,0 +1,91 @@
+"""The table of endpoints, and the ASGI application made of it."""
+
+from collections.abc import Iterable
+from functools import cache
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tokenllm.gateway import endpoints
+from tokenllm.gateway.endpoints import Endpoint
+from tokenllm.gateway.gateway import Gateway
+from tokenllm.gateway.guard import Guard, wrong_method
+from tokenllm.gateway.openapi import document
+from tokenllm_schemas.errors import ApiError
+from tokenllm_schemas.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from tokenllm_schemas.responses import (
+    ChatChunk,
+    ChatCompletion,
+    Health,
+    Model,
+    ModelList,
+    Text,
+    TextCompletion,
+    Tokens,
+)
+
+
+@cache
+def _document() -> bytes:
+    return document(ENDPOINTS)
+
+
+async def openapi(gateway: Gateway, request: Request) -> ASGIApp:
+    return Response(_document(), media_type="application/json")
+
+
+ENDPOINTS = (
+    Endpoint(
+        "POST",
+        "/v1/chat/completions",
+        endpoints.chat_completions,
+        "The next turn of a conversation",
+        ChatCompletionRequest,
+        ChatCompletion,
+        ChatChunk,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/completions",
+        endpoints.completions,
+        "What follows a text",
+        CompletionRequest,
+        TextCompletion,
+        TextCompletion,
+    ),
+    Endpoint("GET", "/v1/models", endpoints.models, "The models served", answer=ModelList),
+    Endpoint("GET", "/v1/models/{id:path}", endpoints.model, "One model", answer=Model),
+    Endpoint("POST", "/tokenize", endpoints.tokenize, "The token ids of a text", TokenizeRequest, Tokens),
+    Endpoint("POST", "/detokenize", endpoints.detokenize, "The text of token ids", DetokenizeRequest, Text),
+    Endpoint("GET", "/health/live", endpoints.live, "Whether this process answers", answer=Health),
+    Endpoint("GET", "/health/ready", endpoints.ready, "Whether requests are served", answer=Health),
+    Endpoint("GET", "/metrics", endpoints.metrics, "The numbers of the server, for Prometheus"),
+    Endpoint("GET", "/openapi.json", openapi, "This description"),
+)
+
+
+def application(gateway: Gateway, keys: Iterable[str]) -> Guard:
+    """All endpoints, behind the guard."""
+    routes = [Route(endpoint.path, _Answering(endpoint, gateway)) for endpoint in ENDPOINTS]
+    return Guard(Router(routes, redirect_slashes=False, default=_not_found), keys)
+
+
+class _Answering:
+    """One endpoint as an ASGI application: errors are left to the guard."""
+
+    def __init__(self, endpoint: Endpoint, gateway: Gateway) -> None:
+        self._endpoint = endpoint
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = self._endpoint.method
+        if scope["method"] != method and (scope["method"], method) != ("HEAD", "GET"):
+            raise wrong_method(scope["method"], method)
+        answer = await self._endpoint.handler(self._gateway, Request(scope, receive))
+        await answer(scope, receive, send)
+
+
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    raise ApiError(404, f"there is no {scope['path']!r} here", "not_found")

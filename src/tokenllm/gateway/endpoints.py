@@ -1,0 +1,134 @@
+"""The handlers of the gateway's endpoints: from a request to its answer, one function each."""
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from tokenllm.gateway.chat import ChatFrames, chat_completion
+from tokenllm.gateway.completions import CompletionFrames, text_completion
+from tokenllm.gateway.gateway import Gateway
+from tokenllm.gateway.metrics import render
+from tokenllm.gateway.reply import Head, Said, total_usage, whole
+from tokenllm.gateway.sse import EventStream, Frames
+from tokenllm.messages import Submit
+from tokenllm_schemas.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Generation,
+    RequestBody,
+    TokenizeRequest,
+)
+from tokenllm_schemas.responses import Health, Model, ModelList, Text, Tokens, Usage
+
+Handler: TypeAlias = Callable[[Gateway, Request], Awaitable[ASGIApp]]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One line of the table of endpoints: what the router and the OpenAPI document need to know."""
+
+    method: Literal["GET", "POST"]
+    path: str
+    handler: Handler
+    summary: str
+    body: type[RequestBody] | None = None
+    answer: type[msgspec.Struct] | None = None  # None: not JSON
+    chunk: type[msgspec.Struct] | None = None  # of its streams
+
+
+class Wording(NamedTuple):
+    """How an endpoint answers."""
+
+    kind: str  # what its answers' ids begin with
+    frames: Callable[[Head, int, bool], Frames]
+    whole: Callable[[Head, Sequence[Said], Usage], msgspec.Struct]
+
+
+CHAT = Wording("chatcmpl", ChatFrames, chat_completion)
+TEXT = Wording("cmpl", CompletionFrames, text_completion)
+
+
+async def chat_completions(gateway: Gateway, request: Request) -> ASGIApp:
+    arrived_s = time.monotonic()
+    body = await gateway.read(ChatCompletionRequest, request)
+    gateway.check_queue()
+    prompt = await gateway.off_loop(gateway.model.chat_prompt, body.messages)
+    return await _generate(gateway, body, gateway.submits(body, [prompt], arrived_s), CHAT)
+
+
+async def completions(gateway: Gateway, request: Request) -> ASGIApp:
+    arrived_s = time.monotonic()
+    body = await gateway.read(CompletionRequest, request)
+    gateway.check_queue()
+    prompts = await gateway.off_loop(gateway.model.text_prompts, body.prompts(), "prompt")
+    return await _generate(gateway, body, gateway.submits(body, prompts, arrived_s), TEXT)
+
+
+async def _generate(gateway: Gateway, body: Generation, submits: Sequence[Submit], wording: Wording) -> ASGIApp:
+    head, usage_wanted, each = gateway.head(wording.kind), body.include_usage(), body.choices_each()
+    if body.stream:
+        frames = wording.frames(head, len(submits), usage_wanted)
+        return EventStream(gateway.circuit, submits, frames, each, usage_wanted)
+    reply = gateway.circuit.submit(submits)
+    try:
+        said = await whole(reply)
+    finally:
+        gateway.circuit.abandon(reply)
+    usage = total_usage({one.index: one.finish for one in said if one.finish}, each)
+    return _json(wording.whole(head, said, usage))
+
+
+async def tokenize(gateway: Gateway, request: Request) -> ASGIApp:
+    body = await gateway.read(TokenizeRequest, request)
+    model, limit = gateway.model, gateway.ready().max_model_len
+    if body.messages is not None:
+        ids = await gateway.off_loop(model.chat_prompt, body.messages)
+    else:
+        [ids] = await gateway.off_loop(model.text_prompts, [body.prompt or ""], "prompt", body.add_special_tokens)
+    return _json(Tokens(ids, len(ids), limit))
+
+
+async def detokenize(gateway: Gateway, request: Request) -> ASGIApp:
+    body = await gateway.read(DetokenizeRequest, request)
+    ids = gateway.model.known(body.tokens, "tokens")
+    return _json(Text(await gateway.off_loop(gateway.model.tokenizer.decode, ids, skip_special=False)))
+
+
+async def models(gateway: Gateway, request: Request) -> ASGIApp:
+    return _json(ModelList([_model(gateway)]))
+
+
+async def model(gateway: Gateway, request: Request) -> ASGIApp:
+    gateway.check_name(request.path_params["id"])
+    return _json(_model(gateway))
+
+
+async def live(gateway: Gateway, request: Request) -> ASGIApp:
+    return _json(Health("live"))
+
+
+async def ready(gateway: Gateway, request: Request) -> ASGIApp:
+    gateway.check_progress()
+    return _json(Health("ready"))
+
+
+async def metrics(gateway: Gateway, request: Request) -> ASGIApp:
+    return Response(render(gateway.pages), headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+def _model(gateway: Gateway) -> Model:
+    name, circuit = gateway.model.name, gateway.circuit
+    limit = circuit.ready.max_model_len if circuit.ready else None
+    return Model(name, gateway.model.created, "tokenllm", root=name, max_model_len=limit)
+
+
+def _json(answer: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(answer), media_type="application/json")

@@ -1,0 +1,128 @@
+"""What the endpoints of one gateway process work with, and the steps that they share."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from struct import pack
+from typing import ParamSpec, TypeVar
+
+from starlette.requests import Request
+
+from tokenllm import __version__
+from tokenllm.checkpoint.description import SamplingDefaults
+from tokenllm.counters import Page, total
+from tokenllm.gateway.circuit import Circuit
+from tokenllm.gateway.reply import Head
+from tokenllm.gateway.served_model import ServedModel
+from tokenllm.messages import Ready, Sampling, Submit
+from tokenllm_schemas.errors import ApiError, busy, invalid
+from tokenllm_schemas.requests import Body, Generation, parse
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+LONG_BODY = 64 * 1024  # longer ones are not parsed on the event loop
+SEED_BITS = 63
+STUCK_S = 30.0
+
+
+@dataclass(frozen=True)
+class Gateway:
+    model: ServedModel
+    circuit: Circuit
+    pages: Sequence[Page]
+    max_queued_requests: int
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "tokenize"))
+
+    async def off_loop(
+        self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """Run what takes long in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: work(*args, **kwargs))
+
+    async def read(self, kind: type[Body], request: Request) -> Body:
+        """The request in a body that is asked of the model served here."""
+        data = await request.body()
+        body = await self.off_loop(parse, kind, data) if len(data) > LONG_BODY else parse(kind, data)
+        self.check_name(getattr(body, "model", None))
+        return body
+
+    def check_name(self, name: str | None) -> None:
+        if name not in (None, self.model.name):
+            message = f"the model {name!r} does not exist; this server has {self.model.name!r}"
+            raise ApiError(404, message, "model_not_found", param="model")
+
+    def ready(self) -> Ready:
+        """What the living generation can hold."""
+        if self.circuit.ready is None:
+            raise busy("the model is still loading", "loading")
+        return self.circuit.ready
+
+    def check_queue(self) -> None:
+        """An early word, before anything is tokenized; the scheduler has the last."""
+        waiting = int(total(self.pages, "tokenllm_requests_waiting"))
+        if waiting and waiting >= self.max_queued_requests:
+            message = f"the queue is full: {waiting} requests wait"
+            raise ApiError(429, message, "queue_full", headers={"retry-after": "1"})
+
+    def check_progress(self) -> None:
+        """Ready means: the model is loaded, and what was asked of it moves on."""
+        self.ready()
+        pending = any(total(self.pages, f"tokenllm_requests_{state}") for state in ("running", "waiting"))
+        last_step_s = total(self.pages, "tokenllm_last_step_monotonic_seconds")
+        moved_s = max(last_step_s, self.circuit.waiting_since() or 0.0)
+        if pending and time.monotonic() - moved_s > STUCK_S:
+            raise busy(f"requests are pending, but the last step is {time.monotonic() - moved_s:.0f} s ago", "stuck")
+
+    def head(self, kind: str) -> Head:
+        """A new answer's."""
+        return Head(f"{kind}-{secrets.token_hex(12)}", int(time.time()), self.model.name, f"tokenllm-{__version__}")
+
+    def submits(self, body: Generation, prompts: Sequence[list[int]], arrived_s: float) -> list[Submit]:
+        """One for each choice: those of the first prompt, then those of the second."""
+        max_model_len = self.ready().max_model_len
+        seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
+        return [
+            Submit(
+                uid=self.circuit.next_uid(),
+                prompt=pack(f"<{len(prompt)}i", *prompt),
+                max_tokens=room(len(prompt), max_model_len, body),
+                sampling=sampling(body, self.model.sampling, seed + choice),
+                stop=body.stop_strings(),
+                ignore_eos=bool(body.ignore_eos),
+                arrived_s=arrived_s,
+            )
+            for choice, prompt in enumerate(prompt for prompt in prompts for _ in range(body.choices_each()))
+        ]
+
+
+def room(prompt_tokens: int, max_model_len: int, body: Generation) -> int:
+    """How many tokens may be generated after a prompt."""
+    left = max_model_len - prompt_tokens
+    if left <= 0:
+        message = f"{prompt_tokens} tokens are too many: the context of this model ends at {max_model_len}"
+        raise invalid(body.prompt_field, message, "context_length_exceeded")
+    wanted = body.token_limit()
+    return left if wanted is None else min(wanted, left)
+
+
+def sampling(body: Generation, model: SamplingDefaults, seed: int) -> Sampling:
+    """The client's word comes before the model's, and the model's before the usual."""
+    return Sampling(
+        seed=seed & (1 << SEED_BITS) - 1,
+        temperature=_first(body.temperature, model.temperature, 1.0),
+        top_p=_first(body.top_p, model.top_p, 1.0),
+        top_k=max(0, _first(body.top_k, model.top_k, 0)),
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        logprobs=body.alternatives(),
+    )
+
+
+def _first(given: Result | None, recommended: Result | None, usual: Result) -> Result:
+    if given is not None:
+        return given
+    return usual if recommended is None else recommended

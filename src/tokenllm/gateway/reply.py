@@ -1,0 +1,103 @@
+"""What comes back for one HTTP request: the deltas of its choices, and what they add up to."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from tokenllm.messages import Delta, Finish, TokenText
+from tokenllm_schemas.errors import ApiError
+from tokenllm_schemas.responses import Usage
+
+
+class Head(NamedTuple):
+    """What an answer and all its chunks have in common."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class Reply:
+    """What the choices of one HTTP request have been told, and their reader has not taken yet."""
+
+    def __init__(self, uids: Sequence[int]) -> None:
+        self.uids = uids
+        self.open = len(uids)  # choices whose last word has not been taken
+        self._deltas: list[tuple[int, Delta]] = []
+        self._error: ApiError | None = None
+        self._heard = asyncio.Event()
+
+    def put(self, index: int, delta: Delta) -> None:
+        self._deltas.append((index, delta))
+        self._heard.set()
+
+    def fail(self, error: ApiError) -> None:
+        """The last word of one choice, and with it of the whole reply."""
+        self._error = error
+        self._heard.set()
+
+    async def deltas(self, patience_s: float | None = None) -> list[tuple[int, Delta]]:
+        """All that waits, each with the index of its choice; nothing if that is how long nobody said anything.
+
+        Raises the error that ended the reply, after what had come before it.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await self._heard.wait()
+        deltas, self._deltas = self._deltas, []
+        if self._error and not deltas:
+            raise self._error
+        if not self._error:
+            self._heard.clear()
+        self.open -= sum(delta.finish is not None for _, delta in deltas)
+        return deltas
+
+
+class Said(msgspec.Struct, frozen=True):
+    """What one choice said, in one piece."""
+
+    index: int
+    text: str
+    logprobs: tuple[TokenText, ...]
+    finish: Finish | None
+
+
+def joined(deltas: Iterable[tuple[int, Delta]]) -> list[Said]:
+    """What each choice said, in order of their first words."""
+    by_choice: defaultdict[int, list[Delta]] = defaultdict(list)
+    for index, delta in deltas:
+        by_choice[index].append(delta)
+    return [_said(index, its) for index, its in by_choice.items()]
+
+
+def _said(index: int, deltas: list[Delta]) -> Said:
+    logprobs = tuple(logprob for delta in deltas for logprob in delta.logprobs)
+    return Said(index, "".join(delta.text for delta in deltas), logprobs, deltas[-1].finish)
+
+
+async def whole(reply: Reply) -> list[Said]:
+    """All that the choices say, in the order of their indices."""
+    deltas = []
+    while reply.open:
+        deltas += await reply.deltas()
+    return sorted(joined(deltas), key=lambda said: said.index)
+
+
+def client_reason(finish: Finish | None) -> Literal["stop", "length"]:
+    assert finish and finish.reason in ("stop", "length"), "the circuit turns the other reasons into errors"
+    return finish.reason
+
+
+def total_usage(finishes: Mapping[int, Finish], choices_each: int) -> Usage:
+    """Of all choices, by their index. Those of one prompt share it, so it counts once."""
+    firsts = [finish for index, finish in finishes.items() if index % choices_each == 0]
+    return Usage.of(
+        prompt_tokens=sum(finish.prompt_tokens for finish in firsts),
+        cached_tokens=sum(finish.cached_tokens for finish in firsts),
+        completion_tokens=sum(finish.completion_tokens for finish in finishes.values()),
+    )

@@ -1,0 +1,66 @@
+"""The model as the gateway knows it: its name, its tokenizer, its template and the sampling it recommends; no weights.
+
+What takes long here (`chat_prompt`, `text_prompt`) is called in a thread, never on the event loop.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenllm.checkpoint.description import SamplingDefaults, describe
+from tokenllm.config import GatewayBirth
+from tokenllm.text.template import ChatTemplate, TemplateError, prompt_ids
+from tokenllm.text.tokenizer import Tokenizer, load_tokenizer
+from tokenllm_schemas.errors import invalid
+from tokenllm_schemas.requests import ChatMessage
+
+
+class ServedModel(NamedTuple):
+    name: str
+    created: int  # seconds since 1970: when it began to be served here
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    sampling: SamplingDefaults
+
+    @classmethod
+    def load(cls, birth: GatewayBirth) -> "ServedModel":
+        path = Path(birth.model_path)
+        return cls(
+            name=birth.model_name,
+            created=int(time.time()),
+            tokenizer=load_tokenizer(path),
+            template=ChatTemplate.load(path, birth.config.chat_template),
+            sampling=describe(path).sampling,
+        )
+
+    def chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """The ids of a conversation, up to where the assistant's turn begins."""
+        turns = [_turn(message) for message in messages]
+        try:
+            return prompt_ids(self.tokenizer, self.template, turns)
+        except TemplateError as error:
+            raise invalid("messages", str(error)) from None
+
+    def text_prompts(self, prompts: Sequence[str | list[int]], param: str, specials: bool = True) -> list[list[int]]:
+        """The ids of each text; ids are checked and stay what they are."""
+        return [self._text_prompt(prompt, param, specials) for prompt in prompts]
+
+    def _text_prompt(self, prompt: str | list[int], param: str, specials: bool) -> list[int]:
+        if isinstance(prompt, list):
+            return self.known(prompt, param)
+        ids = self.tokenizer.encode(prompt)
+        bos = self.tokenizer.bos_id if specials and self.tokenizer.adds_bos else None
+        return ids if bos is None else [bos, *ids]
+
+    def known(self, ids: list[int], param: str) -> list[int]:
+        """These ids, all of which the model has an embedding for."""
+        if (largest := max(ids, default=0)) >= self.tokenizer.vocab_size:
+            raise invalid(param, f"token id {largest} is not in the vocabulary of {self.tokenizer.vocab_size}")
+        return ids
+
+
+def _turn(message: ChatMessage) -> dict[str, str]:
+    role = "system" if message.role == "developer" else message.role
+    extras = {"name": message.name, "tool_call_id": message.tool_call_id}
+    return {"role": role, "content": message.text(), **{key: value for key, value in extras.items() if value}}

@@ -1,0 +1,104 @@
+"""Server-sent events: how a stream is framed, and how a `Reply` becomes one.
+
+What is the same in all chunks of a choice is serialised once; what waits when a stream wakes up is one write.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from tokenllm.gateway.circuit import Circuit
+from tokenllm.gateway.reply import Reply, Said, client_reason, joined, total_usage
+from tokenllm.messages import Finish, Submit, TokenText
+from tokenllm_schemas.errors import ApiError
+from tokenllm_schemas.responses import FinishReason, Usage
+
+SILENCE_S = 15.0
+KEEP_ALIVE = b": still here\n\n"  # never first: some load tools take the first frame for the first token
+DONE = b"data: [DONE]\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+HOLE = msgspec.Raw(b"\0")  # JSON escapes every other zero byte
+
+
+def event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+class ChunkForm:
+    """The chunks of one choice, with holes for their text and their logprobs."""
+
+    def __init__(self, chunk: msgspec.Struct) -> None:
+        self._before, self._between, self._after = event(msgspec.json.encode(chunk)).split(b"\0")
+
+    def fill(self, text: str, logprobs: msgspec.Struct | None) -> bytes:
+        encode = msgspec.json.encode
+        return b"".join((self._before, encode(text), self._between, encode(logprobs), self._after))
+
+
+class Frames(Protocol):
+    """The events of one stream, as one endpoint words them."""
+
+    def opening(self) -> bytes: ...
+    def text(self, index: int, text: str, logprobs: Sequence[TokenText]) -> bytes: ...
+    def finish(self, index: int, reason: FinishReason) -> bytes: ...
+    def usage(self, usage: Usage) -> bytes: ...
+
+
+class EventStream:
+    """An answer that is written while it comes to be."""
+
+    def __init__(
+        self, circuit: Circuit, submits: Sequence[Submit], frames: Frames, choices_each: int, usage_wanted: bool
+    ) -> None:
+        self._circuit = circuit
+        self._submits = submits
+        self._frames = frames
+        self._choices_each = choices_each
+        self._usage_wanted = usage_wanted
+        self._finishes: dict[int, Finish] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = self._circuit.submit(self._submits)
+        try:
+            # a refusal that comes before anything else is a proper status, so the headers wait for it
+            first = joined(await reply.deltas(SILENCE_S))
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            ending = await self._follow(reply, self._frames.opening() + self._told(first), send)
+            await send({"type": "http.response.body", "body": ending + DONE, "more_body": False})
+        finally:
+            self._circuit.abandon(reply)
+
+    async def _follow(self, reply: Reply, piece: bytes, send: Send) -> bytes:
+        """Write piece after piece; the last is left to be written with the end of the stream."""
+        silence = b""
+        try:
+            while reply.open:
+                if piece:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    silence = KEEP_ALIVE
+                said = joined(await reply.deltas(SILENCE_S))
+                piece = self._told(said) if said else silence
+        except ApiError as error:
+            return event(error.envelope())
+        return piece + self._usage()
+
+    def _told(self, said: Iterable[Said]) -> bytes:
+        return b"".join(part for piece in said for part in self._parts(piece))
+
+    def _parts(self, said: Said) -> Iterator[bytes]:
+        if said.text or said.logprobs:
+            yield self._frames.text(said.index, said.text, said.logprobs)
+        if said.finish:
+            self._finishes[said.index] = said.finish
+            yield self._frames.finish(said.index, client_reason(said.finish))
+
+    def _usage(self) -> bytes:
+        if not self._usage_wanted:
+            return b""
+        return self._frames.usage(total_usage(self._finishes, self._choices_each))
