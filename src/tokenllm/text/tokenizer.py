@@ -6,12 +6,13 @@ Where the tokens come from is `vocabulary.py`.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenllm.checkpoint.description import describe
+from tokenllm.text.hiding import Hider
+from tokenllm.text.trie import trie_pattern
 from tokenllm.text.vocabulary import AddedToken, Vocabulary, load_vocabulary
 
 
@@ -57,8 +58,10 @@ class Tokenizer(Decoder):
         self.adds_bos = vocabulary.adds_bos and bos_id is not None
         self._encoder = vocabulary.make_encoder()
         self._added_words = _Splitter(token for token in vocabulary.added if not token.special)
-        # nothing can hide in a literal of one character: such a control token is out of reach of any text
-        self._added = _Splitter(token for token in vocabulary.added if not token.special or len(token.content) > 1)
+        # nothing can hide inside one character: a control token with such a literal is out of reach of any text
+        reachable = [token for token in vocabulary.added if not token.special or len(token.content) > 1]
+        self._added = _Splitter(reachable)
+        self._hider = Hider(token.content for token in reachable if token.special)
 
     def encode(self, text: str, first: bool = True) -> list[int]:
         """Ids of text in which control tokens are plain text. `first`: nothing stands before it in the prompt."""
@@ -72,14 +75,15 @@ class Tokenizer(Decoder):
         return ids
 
     def encode_with_specials(self, text: str, unseen: str = "") -> list[int]:
-        """Ids of text whose control-token literals become control tokens.
-
-        The character `unseen` is dropped once these have been found: put inside a literal, it keeps that plain text.
-        """
+        """Ids of text whose control-token literals become control tokens; `unseen` is dropped once they are found."""
         ids: list[int] = []
         for section in self._added.split(text):
             ids += [section] if isinstance(section, int) else self.encode(section.replace(unseen, ""), first=not ids)
         return ids
+
+    def hide_specials(self, text: str, unseen: str) -> str:
+        """The same text, except that no part of it becomes a control token in `encode_with_specials`."""
+        return self._hider.hide(text, unseen)
 
 
 class _Splitter:
@@ -100,15 +104,3 @@ class _Splitter:
             sections[at - 1] = sections[at - 1].rstrip() if token.lstrip else sections[at - 1]
             sections[at + 1] = sections[at + 1].lstrip() if token.rstrip else sections[at + 1]
         return sections
-
-
-def trie_pattern(words: Iterable[str]) -> str:
-    """A pattern for the longest of some words that looks at each character once, however many words there are."""
-    tails: defaultdict[str, set[str]] = defaultdict(set)
-    for word in words:
-        tails[word[:1]].add(word[1:])
-    ends_here = tails.pop("", None) is not None
-    branches = [re.escape(head) + trie_pattern(tail) for head, tail in sorted(tails.items())]
-    if len(branches) == 1 and not ends_here:
-        return branches[0]
-    return f"(?:{'|'.join(branches)})" + ("?" if ends_here else "")
