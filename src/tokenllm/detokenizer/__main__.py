@@ -13,6 +13,7 @@ from tokenllm.detokenizer.outbox import Outbox
 from tokenllm.messages import Midway
 from tokenllm.process import die_with, read_birth
 from tokenllm.ring import Receiver, Sender
+from tokenllm.text.tokenizer import load_decoder
 
 RETRY_S = 0.002  # a ring has no bell for room: how soon to look again
 
@@ -20,7 +21,7 @@ RETRY_S = 0.002  # a ring has no bell for room: how soon to look again
 def main() -> NoReturn:
     birth = read_birth(DetokenizerBirth)
     die_with(birth.supervisor_pid)
-    detokenizer = Detokenizer(load_tokenizer(Path(birth.model_path)), len(birth.outboxes))
+    detokenizer = Detokenizer(load_decoder(Path(birth.model_path)), len(birth.outboxes))
     serve(Receiver(birth.inbox, Midway), detokenizer, [Outbox(Sender(fds)) for fds in birth.outboxes])
 
 

@@ -25,12 +25,12 @@ from tokenllm.messages import (
     gateway_of,
 )
 from tokenllm.text.stream import TextStream, token_text
-from tokenllm.text.tokenizer import Tokenizer
+from tokenllm.text.tokenizer import Decoder
 
 
 class Detokenizer:
-    def __init__(self, tokenizer: Tokenizer, gateways: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, decoder: Decoder, gateways: int) -> None:
+        self._decoder = decoder
         self._gateways = gateways
         self._begun: dict[int, tuple[Begin, TextStream]] = {}
 
@@ -43,7 +43,7 @@ class Detokenizer:
                 return {_slot(message.uid): message}
             case Begin():
                 assert message.uid not in self._begun, "a uid begins once"
-                self._begun[message.uid] = message, TextStream(self._tokenizer, message.stop)
+                self._begun[message.uid] = message, TextStream(self._decoder, message.stop)
                 return {}
             case Step():
                 return _by_gateway(self._deltas(message))
@@ -74,8 +74,8 @@ class Detokenizer:
         return Delta(uid, text, tokens, tuple(self._spelled(logprob) for logprob in logprobs[:tokens]), finish)
 
     def _spelled(self, logprob: TokenLogprob) -> TokenText:
-        top = tuple((*token_text(self._tokenizer, token), chance) for token, chance in logprob.top)
-        return TokenText(*token_text(self._tokenizer, logprob.token), logprob.logprob, top)
+        top = tuple((*token_text(self._decoder, token), chance) for token, chance in logprob.top)
+        return TokenText(*token_text(self._decoder, logprob.token), logprob.logprob, top)
 
 
 def _last_word(begin: Begin, stream: TextStream, finished: int, cached: int) -> Finish:

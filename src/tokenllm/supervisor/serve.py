@@ -27,7 +27,7 @@ from tokenllm.supervisor.listening import Port, reserve
 from tokenllm.supervisor.slot import Gateway, Slot
 
 RETRY_S = 0.05  # how soon to look again whether a full ring has room
-GRACE_S = 1.0  # for a gateway to exit by itself after it has ended its streams at the end of the drain
+GRACE_S = 5.0  # for a gateway to end what is left after that, and to exit
 STILLBORN_LIMIT = 2
 
 

@@ -1,0 +1,167 @@
+"""How a server starts, refuses to start, drains and dies: each with a clear word, and nothing left behind."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from house import FAKE, REAL, House, eventually, fake_house
+
+Start = Callable[..., House]
+SLOW_STEPS = {"FAKE_STEP_S": "0.02"}
+
+
+def body(**more: object) -> dict:
+    return {"model": "tiny", "prompt": "the quick", "max_tokens": 8, "seed": 1, "ignore_eos": True, **more}
+
+
+class Stream(threading.Thread):
+    """Reads one stream to its end."""
+
+    def __init__(self, url: str, **more: object) -> None:
+        super().__init__()
+        self.url, self.body = url, body(stream=True, **more)
+        self.lines: list[str] = []
+        self.lost: httpx.TransportError | None = None
+        self.start()
+        eventually("the first event", lambda: self.lines)
+
+    def run(self) -> None:
+        try:
+            with httpx.stream("POST", f"{self.url}/v1/completions", json=self.body, timeout=60) as response:
+                self.lines += (line for line in response.iter_lines() if line)
+        except httpx.TransportError as error:
+            self.lost = error
+
+
+def test_the_sdk_streams_and_completes(start: Start) -> None:
+    house = start(served_model_name="tiny").wait_greeted()
+    client = OpenAI(base_url=house.url + "/v1", api_key="none", max_retries=0)
+    whole = client.completions.create(**body())
+    chunks = list(client.completions.create(**body(stream=True)))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert (whole.choices[0].finish_reason, whole.usage and whole.usage.completion_tokens) == ("length", 8)
+    messages = [{"role": "user", "content": "Say hello."}]
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8)  # type: ignore[arg-type]
+    assert answer.choices[0].message.role == "assistant"
+
+
+def test_only_the_scheduler_process_has_torch(start: Start) -> None:
+    house = start(gateway_processes=2).wait_greeted()
+    for process in (house.ps, *house.members("gateway"), *house.members("detokenizer")):
+        assert not [line.path for line in process.memory_maps() if "torch" in line.path]
+
+
+@pytest.mark.parametrize("role", ["scheduler", "detokenizer"])
+def test_streams_of_a_dead_generation_end_with_an_error_and_a_new_one_serves(start: Start, role: str) -> None:
+    house = start(SLOW_STEPS).wait_greeted()
+    before = httpx.post(house.url + "/v1/completions", json=body()).json()["choices"]
+    stream = Stream(house.url, max_tokens=1000)
+    members = house.members("scheduler") + house.members("detokenizer")
+    house.members(role)[0].kill()
+    stream.join(2)
+    assert not stream.is_alive(), "the stream ends at once"
+    assert '"error"' in "".join(stream.lines[-2:])
+    assert not any('"finish_reason":"' in line for line in stream.lines)
+    house.wait_ready()
+    assert not any(old in house.family() for old in members), "a generation is replaced as a whole"
+    assert httpx.post(house.url + "/v1/completions", json=body()).json()["choices"] == before
+    assert house.metrics()["tokenllm_restarts_total"] == 1
+    assert house.metrics()['tokenllm_requests_finished_total{reason="error"}'] == 1
+
+
+def test_a_dead_gateway_takes_only_its_own_streams_along(start: Start) -> None:
+    house = start(SLOW_STEPS, gateway_processes=2).wait_greeted()
+    alone = Stream(house.url, max_tokens=60)
+    alone.join()
+    streams = [Stream(house.url, max_tokens=60) for _ in range(8)]
+    old = {role: house.members(role) for role in ("scheduler", "detokenizer", "gateway")}
+    old["gateway"][0].kill()
+    for stream in streams:
+        stream.join()
+    lost = [stream for stream in streams if stream.lost]
+    assert 0 < len(lost) < 8, "the kernel spreads connections over both gateways"
+    assert all(said(stream) == said(alone) for stream in streams if not stream.lost)
+    eventually("a successor", lambda: len(house.members("gateway")) == 2)
+    eventually("the tokens of its streams", lambda: house.metrics()["tokenllm_kv_tokens_active"] == 0, within_s=5)
+    assert house.members("scheduler") + house.members("detokenizer") == old["scheduler"] + old["detokenizer"]
+    assert old["gateway"][1] in house.members("gateway")
+
+
+def said(stream: Stream) -> str:
+    events = [json.loads(line.removeprefix("data: ")) for line in stream.lines if line != "data: [DONE]"]
+    return "".join(choice["text"] for event in events for choice in event["choices"])
+
+
+def test_a_drain_lets_streams_finish_and_takes_no_new_ones(start: Start) -> None:
+    house = start(SLOW_STEPS, drain_s=20).wait_greeted()
+    stream = Stream(house.url, max_tokens=100)
+    url = house.url
+    house.signal(signal.SIGTERM)
+    eventually("unready", lambda: house.status("/health/ready") != 200, within_s=2)
+    with pytest.raises(httpx.TransportError) if house.status("/health/live") is None else nothing():
+        assert httpx.post(url + "/v1/completions", json=body()).status_code == 503
+    stream.join()
+    assert stream.lines[-1] == "data: [DONE]"
+    assert any('"finish_reason":"length"' in line for line in stream.lines)
+    assert house.wait(8) == 0
+    assert not house.family()
+
+
+def test_the_end_of_a_drain_ends_what_still_runs(start: Start) -> None:
+    house = start(SLOW_STEPS, drain_s=0.3).wait_greeted()
+    stream = Stream(house.url, max_tokens=1000)
+    house.signal(signal.SIGINT)
+    stream.join(5)
+    assert '"error"' in "".join(stream.lines[-2:])
+    assert house.wait(5) == 0
+    assert not house.family()
+
+
+def test_a_second_signal_ends_everything_at_once(start: Start) -> None:
+    house = start(SLOW_STEPS).wait_greeted()
+    stream = Stream(house.url, max_tokens=1000)
+    house.signal(signal.SIGTERM)
+    eventually("the drain", lambda: "running streams have" in house.log, within_s=2)
+    house.family()
+    house.signal(signal.SIGTERM)
+    assert house.wait(3) == 128 + signal.SIGTERM
+    assert not house.family()
+    stream.join(3)
+
+
+def test_a_signal_while_loading_ends_everything(start: Start) -> None:
+    house = start({"FAKE_LOAD_S": "60"})
+    eventually("the scheduler", lambda: house.members("scheduler"))
+    house.signal(signal.SIGTERM)
+    assert house.wait(3) == 0
+    assert not house.family()
+
+
+def test_a_generation_that_was_never_ready_ends_the_server(start: Start) -> None:
+    house = start({"FAKE_LOAD_S": "60"})
+    eventually("the scheduler", lambda: house.members("scheduler"))
+    house.members("scheduler")[0].kill()
+    assert house.wait(5) == 128 + signal.SIGKILL
+    assert "the scheduler was killed by SIGKILL before the model was ready" in house.log
+    assert not house.family()
+
+
+def test_nothing_outlives_the_supervisor(start: Start) -> None:
+    house = start(SLOW_STEPS, gateway_processes=2).wait_greeted()
+    family, port = house.family(), int(house.url.rpartition(":")[2])
+    assert len(family) == 4
+    house.process.kill()
+    house.wait()
+    eventually("no children", lambda: not house.family(), within_s=2)
+    assert start(port=port).wait_greeted().status("/health/live") == 200
