@@ -19,10 +19,19 @@ class ControlMessage(msgspec.Struct, frozen=True, tag=True):
     """One packet, tagged by its class name."""
 
 
-class Attach(ControlMessage, frozen=True):
-    """A generation is born. Beside it: the memory and the bell of ring A, then the memory and the bell of ring C."""
+class ModelReady(ControlMessage, frozen=True):
+    """`Ready` came round to this gateway."""
 
     generation: int
+    kv_tokens_capacity: int
+    max_model_len: int
+
+
+class Attach(ControlMessage, frozen=True):
+    """Talk to this generation. Beside it: the memory and the bell of ring A, then the memory and the bell of ring C."""
+
+    generation: int
+    ready: ModelReady | None = None  # a gateway that comes late has missed the one that went round
 
 
 class Lost(ControlMessage, frozen=True):
@@ -37,14 +46,6 @@ class Drain(ControlMessage, frozen=True):
 
 class Serving(ControlMessage, frozen=True):
     """The gateway accepts connections."""
-
-
-class ModelReady(ControlMessage, frozen=True):
-    """`Ready` came round to this gateway."""
-
-    generation: int
-    kv_tokens_capacity: int
-    max_model_len: int
 
 
 ToGateway: TypeAlias = Attach | Lost | Drain

@@ -13,9 +13,11 @@ from tokenllm.counters import METRICS, Page, create_page
 from tokenllm.gateway.circuit import Circuit
 from tokenllm.gateway.reply import Reply, whole
 from tokenllm.messages import (
+    FINISH_REASONS,
     Abort,
     Delta,
     Finish,
+    FinishReason,
     Inbound,
     Outbound,
     Ready,
@@ -61,7 +63,7 @@ class Generation:
                 case Abort():
                     self.aborted.append(message.uid)
 
-    def say(self, uid: int, text: str, reason: str | None = None, by_stop_string: bool = False) -> None:
+    def say(self, uid: int, text: str, reason: FinishReason | None = None, by_stop_string: bool = False) -> None:
         finish = Finish(reason, 3, 0, 1, by_stop_string) if reason else None
         self.outbox.send(Texts((Delta(uid, text, 1, (), finish),)))
 
@@ -104,7 +106,8 @@ def test_a_request_goes_round() -> None:
         generation.say(second, "c", "length")
         circuit.turn()
         said = await whole(reply)
-        assert [(one.index, one.text, one.finish.reason) for one in said] == [(0, "a", "stop"), (1, "bc", "length")]
+        told = [(one.index, one.text, one.finish and one.finish.reason) for one in said]
+        assert told == [(0, "a", "stop"), (1, "bc", "length")]
         assert finished(page) == {"stop": 1, "length": 1}
         assert circuit.waiting_since() is None
         assert sum(page.histogram("tokenllm_time_to_first_token_seconds")[0]) == 2
@@ -243,8 +246,7 @@ class Ledger:
             case "last word" if self.alive:
                 uid = self._one(number)
                 self.alive.remove(uid)
-                reason = ("stop", "length", "abort", "error")[number % 4]
-                self.generation.say(uid, "y", reason, by_stop_string=number % 8 == 0)
+                self.generation.say(uid, "y", FINISH_REASONS[number % 4], by_stop_string=number % 8 == 0)
             case "refuse" if self.alive:
                 uid = self._one(number)
                 self.alive.remove(uid)

@@ -74,9 +74,10 @@ class Process:
 
     def _follow(self, packet: Packet) -> None:
         match packet.message:
-            case Attach(generation=generation):
+            case Attach(generation=generation, ready=told):
                 a_memory, a_bell, c_memory, c_bell = packet.descriptors
-                self._circuit.attach(generation, RingFds(a_memory, a_bell), RingFds(c_memory, c_bell))
+                ready = Ready(told.generation, told.kv_tokens_capacity, told.max_model_len) if told else None
+                self._circuit.attach(generation, RingFds(a_memory, a_bell), RingFds(c_memory, c_bell), ready)
             case Lost(generation=generation):
                 self._circuit.lose(generation)
             case Drain():

@@ -61,11 +61,13 @@ class Circuit:
         self._bell = asyncio.Event()
         self.ready: Ready | None = None
 
-    def attach(self, generation: int, ring_a: RingFds, ring_c: RingFds) -> None:
-        """Talk to a new generation from now on."""
+    def attach(self, generation: int, ring_a: RingFds, ring_c: RingFds, ready: Ready | None = None) -> None:
+        """Talk to this generation from now on, which may have been ready for long."""
         assert self._rings is None, "the supervisor says that a generation is lost before it brings the next"
         self._rings = _Rings(generation, ring_a, ring_c)
         asyncio.get_running_loop().add_reader(self._rings.receiver.fileno(), self._bell.set)
+        if ready:
+            self._welcome(ready)
 
     def lose(self, generation: int) -> None:
         """The generation is dead: whoever waits for it gets the last word here."""
@@ -147,8 +149,11 @@ class Circuit:
             case Refused():
                 self._end(message.uid, "refused", _refusal(message))
             case Ready():
-                self.ready = message
-                self._on_ready(message)
+                self._welcome(message)
+
+    def _welcome(self, ready: Ready) -> None:
+        self.ready = ready
+        self._on_ready(ready)
 
     def _deliver(self, delta: Delta, now_s: float) -> None:
         line = self._ledger.get(delta.uid)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from tokenllm import __version__
@@ -84,8 +85,8 @@ def _reference(kind: type) -> dict[str, str]:
 
 def _schemas(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     template = "#/components/schemas/{name}"
-    mode: JsonSchemaMode = "validation"
-    bodies = [(endpoint.body, mode) for endpoint in endpoints if endpoint.body]
+    bodies: list[tuple[type[BaseModel], JsonSchemaMode]]
+    bodies = [(endpoint.body, "validation") for endpoint in endpoints if endpoint.body]
     answers = {kind for endpoint in endpoints for kind in (endpoint.answer, endpoint.chunk) if kind}
     _, asked = models_json_schema(bodies, ref_template=template.replace("{name}", "{model}"))
     _, answered = msgspec.json.schema_components({*answers, ErrorEnvelope}, ref_template=template)
