@@ -19,7 +19,8 @@ LARGEST_BODY = 4 * 2**20
 BODY_S = 10.0
 STALL_S = 30.0
 LINGER_S = 2.0  # how long an unread body is thrown away, so that its sender gets to read the answer
-OPEN_PATHS = frozenset({"/health/live", "/health/ready"})
+READY_PATH = "/health/ready"
+OPEN_PATHS = frozenset({"/health/live", READY_PATH})
 METHODS = frozenset({"GET", "HEAD", "POST"})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 JSON = re.compile(rb"application/json\s*(;.*)?", re.IGNORECASE)
@@ -83,6 +84,8 @@ class Guard:
             raise ApiError(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer"})
         if scope["method"] not in METHODS:
             raise wrong_method(scope["method"], "GET, POST")
+        if self.draining and (scope["method"] == "POST" or scope["path"] == READY_PATH):
+            raise busy("the server is shutting down", "draining")
         if scope["method"] == "POST":
             self._check_post(exchange)
 
@@ -95,8 +98,6 @@ class Guard:
         return scheme.lower() == b"bearer" and any(fits)
 
     def _check_post(self, exchange: "Exchange") -> None:
-        if self.draining:
-            raise busy("the server is shutting down", "draining")
         if not JSON.fullmatch(exchange.header(b"content-type") or b""):
             raise ApiError(415, "send the body as 'Content-Type: application/json'", "unsupported_media_type")
         if (encoding := exchange.header(b"content-encoding")) not in (None, b"identity"):
