@@ -99,7 +99,9 @@ class House:
 
 
 def fake_house(model: Path, log: Path, environment: Mapping[str, str] = {}, **settings: object) -> House:
-    config = ServeConfig(**{"model": str(model), "load_format": "dummy", "port": 0, **settings})  # type: ignore[arg-type]
+    config = ServeConfig(
+        **{"model": str(model), "served_model_name": "tiny", "load_format": "dummy", "port": 0, **settings}
+    )  # type: ignore[arg-type]
     return House([*FAKE, msgspec.json.encode(config).decode()], log, environment)
 
 

@@ -1,21 +1,15 @@
 """How a server starts, refuses to start, drains and dies: each with a clear word, and nothing left behind."""
 
 import json
-import os
-import resource
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import httpx
 import pytest
 from openai import OpenAI
 
-from house import FAKE, REAL, House, eventually, fake_house
+from house import House, eventually
 
 Start = Callable[..., House]
 SLOW_STEPS = {"FAKE_STEP_S": "0.02"}
@@ -39,20 +33,21 @@ class Stream(threading.Thread):
     def run(self) -> None:
         try:
             with httpx.stream("POST", f"{self.url}/v1/completions", json=self.body, timeout=60) as response:
+                assert response.status_code == 200, response.read()
                 self.lines += (line for line in response.iter_lines() if line)
         except httpx.TransportError as error:
             self.lost = error
 
 
 def test_the_sdk_streams_and_completes(start: Start) -> None:
-    house = start(served_model_name="tiny").wait_greeted()
+    house = start().wait_greeted()
     client = OpenAI(base_url=house.url + "/v1", api_key="none", max_retries=0)
-    whole = client.completions.create(**body())
-    chunks = list(client.completions.create(**body(stream=True)))
+    question = {"model": "tiny", "prompt": "the quick", "max_tokens": 8, "seed": 1, "extra_body": {"ignore_eos": True}}
+    whole = client.completions.create(**question)
+    chunks = list(client.completions.create(**question, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
-    assert (whole.choices[0].finish_reason, whole.usage and whole.usage.completion_tokens) == ("length", 8)
-    messages = [{"role": "user", "content": "Say hello."}]
-    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8)  # type: ignore[arg-type]
+    assert (whole.choices[0].finish_reason, whole.usage.completion_tokens) == ("length", 8)
+    answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hello"}], max_tokens=8)
     assert answer.choices[0].message.role == "assistant"
 
 
@@ -109,8 +104,7 @@ def test_a_drain_lets_streams_finish_and_takes_no_new_ones(start: Start) -> None
     url = house.url
     house.signal(signal.SIGTERM)
     eventually("unready", lambda: house.status("/health/ready") != 200, within_s=2)
-    with pytest.raises(httpx.TransportError) if house.status("/health/live") is None else nothing():
-        assert httpx.post(url + "/v1/completions", json=body()).status_code == 503
+    assert httpx.post(url + "/v1/completions", json=body()).status_code == 503
     stream.join()
     assert stream.lines[-1] == "data: [DONE]"
     assert any('"finish_reason":"length"' in line for line in stream.lines)
