@@ -18,10 +18,20 @@ def tokenizer(default_model: Path) -> Tokenizer:
 @pytest.fixture(scope="session")
 def gateway(default_model: Path, tokenizer: Tokenizer) -> Iterator[GatewayUnderTest]:
     """One process for all tests that leave it as they found it."""
-    under_test = GatewayUnderTest(default_model, tokenizer)
+    under_test = GatewayUnderTest(default_model, tokenizer, max_queued_requests=3)
     under_test.load_model()
     yield under_test
     under_test.close()
+
+
+@pytest.fixture
+def fresh(gateway: GatewayUnderTest) -> Iterator[GatewayUnderTest]:
+    """The same process with a generation that has heard nothing yet."""
+    gateway.kill_model()
+    gateway.load_model()
+    yield gateway
+    if not gateway.generation:
+        gateway.load_model()
 
 
 @pytest.fixture
@@ -38,6 +48,6 @@ def start(default_model: Path, tokenizer: Tokenizer) -> Iterator[Callable[..., G
         under_test.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def client(gateway: GatewayUnderTest) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=20)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -32,6 +33,7 @@ from tokenllm.text.tokenizer import Tokenizer
 MODEL_NAME = "some-org/tiny"
 MODEL_LEN = 512
 STEP_S = 0.002
+REASONS = ("stop", "length", "abort", "error", "refused")
 
 
 class Speech:
@@ -67,9 +69,10 @@ class Generation(threading.Thread):
     REFUSE is refused, FAIL ends with an error, SILENT says nothing until it is aborted.
     """
 
-    def __init__(self, number: int, tokenizer: Tokenizer, step_s: float = STEP_S) -> None:
+    def __init__(self, number: int, tokenizer: Tokenizer, step_s: float = STEP_S, announces: bool = True) -> None:
         super().__init__(daemon=True)
         self.number, self.step_s = number, step_s
+        self.announces = announces  # or was ready long ago
         self._tokenizer = tokenizer
         self.ring_a, self.ring_c = create_ring(1 << 20), create_ring(1 << 20)
         self._inbox: Receiver[Inbound] = Receiver(self.ring_a, Inbound)
@@ -80,7 +83,8 @@ class Generation(threading.Thread):
         self.aborts: list[int] = []
 
     def run(self) -> None:
-        self._outbox.send(Ready(self.number, 4096, MODEL_LEN))
+        if self.announces:
+            self._outbox.send(Ready(self.number, 4096, MODEL_LEN))
         while not self._dead.is_set():
             for message in self._inbox.receive():
                 self._hear(message)
@@ -172,14 +176,17 @@ class GatewayUnderTest:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def load_model(self, **manner: float) -> Generation:
-        """A new generation, ready."""
+    def load_model(self, **manner: Any) -> Generation:
+        """A new generation, ready. `finished` counts from here."""
+        self._before = {reason: self._count(reason) for reason in REASONS}
         self._generations += 1
         self.generation = Generation(self._generations, self._tokenizer, **manner)
         rings = self.generation.ring_a, self.generation.ring_c
-        tell(self._control, Attach(self._generations), [fd for ring in rings for fd in (ring.memory, ring.bell)])
+        ready = ModelReady(self._generations, 4096, MODEL_LEN)
+        attach = Attach(self._generations, None if self.generation.announces else ready)
+        tell(self._control, attach, [fd for ring in rings for fd in (ring.memory, ring.bell)])
         self.generation.start()
-        assert self.hear() == ModelReady(self._generations, 4096, MODEL_LEN)
+        assert self.hear() == ready
         return self.generation
 
     def kill_model(self) -> None:
@@ -203,7 +210,11 @@ class GatewayUnderTest:
         for fd in self._page_fds:
             os.close(fd)
 
-    def finished(self, reason: str) -> int:
+    def finished(self, *reasons: str) -> int:
+        """Requests that had their last word since the model was loaded."""
+        return sum(self._count(reason) - self._before[reason] for reason in reasons or REASONS)
+
+    def _count(self, reason: str) -> int:
         return int(self.page.get("tokenllm_requests_finished_total", reason))
 
 
