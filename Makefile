@@ -42,7 +42,7 @@ check: $(VENV)/.test ## format, lint, types, floors, compose file
 	$(BIN)/ruff check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml compose.keys.yaml
 
 load: $(VENV)/.load ## load the server on PORT and report speed and latency (ARGS="--concurrency 1,8,16 …")
 	$(BIN)/python load_tests/load.py --base-url http://127.0.0.1:$(PORT)/v1 $(ARGS)
