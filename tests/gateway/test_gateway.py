@@ -1,0 +1,56 @@
+"""From a validated request to what the scheduler is asked."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenllm.checkpoint.description import SamplingDefaults
+from tokenllm.gateway.gateway import room, sampling
+from tokenllm.gateway.reply import total_usage
+from tokenllm.messages import Finish
+from tokenllm_schemas.errors import ApiError
+from tokenllm_schemas.requests import ChatCompletionRequest, parse
+
+
+def body(**fields: Any) -> ChatCompletionRequest:
+    messages = [{"role": "user", "content": "hi"}]
+    return parse(ChatCompletionRequest, json.dumps({"model": "m", "messages": messages, **fields}).encode())
+
+
+def test_the_clients_word_comes_first_then_the_models() -> None:
+    recommended = SamplingDefaults(temperature=0.6, top_p=0.9, top_k=20)
+    ours = sampling(body(), recommended, seed=1)
+    assert (ours.temperature, ours.top_p, ours.top_k) == (0.6, 0.9, 20)
+    theirs = sampling(body(temperature=0, top_p=0.5, top_k=0), recommended, seed=1)
+    assert (theirs.temperature, theirs.top_p, theirs.top_k) == (0, 0.5, 0)
+    assert sampling(body(top_k=-1), recommended, seed=1).top_k == 0
+    usual = sampling(body(), SamplingDefaults(), seed=1)
+    assert (usual.temperature, usual.top_p, usual.top_k) == (1, 1, 0)
+
+
+@given(st.integers(-(2**63), 2**63 + 7))
+def test_every_seed_fits(seed: int) -> None:
+    assert 0 <= sampling(body(), SamplingDefaults(), seed).seed < 2**63
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.none() | st.integers(1, 300))
+def test_prompt_and_completion_fit_the_context(prompt_tokens: int, max_model_len: int, wanted: int | None) -> None:
+    asked = body(max_tokens=wanted)
+    if prompt_tokens >= max_model_len:
+        with pytest.raises(ApiError) as caught:
+            room(prompt_tokens, max_model_len, asked)
+        assert caught.value.code == "context_length_exceeded"
+    else:
+        granted = room(prompt_tokens, max_model_len, asked)
+        assert 1 <= granted <= max_model_len - prompt_tokens
+        assert granted == (wanted or granted) or prompt_tokens + granted == max_model_len
+
+
+def test_a_prompt_counts_once_however_many_choices_it_has() -> None:
+    finishes = {index: Finish("stop", 10 + index // 2, index // 2, 3) for index in range(4)}  # 2 prompts, 2 choices
+    usage = total_usage(finishes, choices_each=2)
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (21, 12, 33)
+    assert usage.prompt_tokens_details.cached_tokens == 1

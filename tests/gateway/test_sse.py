@@ -1,0 +1,235 @@
+"""The bytes of a stream: what the chunks are, how they are joined, and what is written when."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenllm.gateway import sse as sse_module
+from tokenllm.gateway.chat import ChatFrames, chat_logprobs
+from tokenllm.gateway.completions import CompletionFrames
+from tokenllm.gateway.reply import Head, Reply, joined, whole
+from tokenllm.gateway.sse import DONE, KEEP_ALIVE, EventStream, event
+from tokenllm.messages import Delta, Finish, Sampling, Submit, TokenText
+from tokenllm_schemas.errors import ApiError
+from tokenllm_schemas.responses import ChatChunk, ChatChunkChoice, ChatDelta, TextChoice, TextCompletion
+
+HEAD = Head("chatcmpl-1", 7, 'a "model" \0', "f")
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+LOGPROBS = st.lists(
+    st.builds(
+        TokenText,
+        TEXTS,
+        st.binary(max_size=4),
+        st.floats(max_value=0, allow_nan=False),
+        st.lists(st.tuples(TEXTS, st.binary(max_size=4), st.floats(max_value=0, allow_nan=False)), max_size=2).map(
+            tuple
+        ),
+    ),
+    max_size=2,
+)
+
+
+@given(TEXTS, LOGPROBS, st.integers(0, 2))
+def test_a_filled_form_is_the_chunk(text: str, tokens: list[TokenText], index: int) -> None:
+    logprobs = chat_logprobs(tokens) if tokens else None
+    choice = ChatChunkChoice(index, ChatDelta(content=text), logprobs=logprobs)
+    chunk = ChatChunk(**HEAD._asdict(), choices=[choice])
+    assert ChatFrames(HEAD, 3, False).text(index, text, tokens) == event(msgspec.json.encode(chunk))
+    completion = TextCompletion(**HEAD._asdict(), choices=[TextChoice(index, text)])
+    assert CompletionFrames(HEAD, 3, False).text(index, text, ()) == event(msgspec.json.encode(completion))
+
+
+@given(TEXTS)
+def test_an_event_is_one_line(text: str) -> None:
+    data = ChatFrames(HEAD, 1, True).text(0, text, ())
+    assert data.startswith(b"data: {") and data.endswith(b"}\n\n")
+    assert data.count(b"\n") == 2 and b"\r" not in data
+    assert json.loads(data[6:])["choices"][0]["delta"]["content"] == text
+
+
+DELTAS = st.lists(st.tuples(st.integers(0, 3), TEXTS), max_size=20)
+
+
+@given(DELTAS)
+def test_joining_loses_nothing_and_keeps_the_order(deltas: list[tuple[int, str]]) -> None:
+    said = joined((index, Delta(9, text, 1)) for index, text in deltas)
+    assert len({one.index for one in said}) == len(said)
+    for one in said:
+        assert one.text == "".join(text for index, text in deltas if index == one.index)
+
+
+class Circuit:
+    """Stands for the circuit: one reply, whose words the test puts."""
+
+    def __init__(self, choices: int) -> None:
+        self.reply = Reply(range(choices))
+        self.abandoned = False
+
+    def submit(self, submits: list[Submit]) -> Reply:
+        assert len(submits) == len(self.reply.uids)
+        return self.reply
+
+    def abandon(self, reply: Reply) -> None:
+        self.abandoned = True
+
+    def say(self, index: int, text: str = "", reason: Any = None) -> None:
+        self.reply.put(index, Delta(index, text, 1, (), Finish(reason, 3, 0, 2) if reason else None))
+
+
+class Written:
+    """An EventStream that runs, and what it has sent."""
+
+    def __init__(self, choices: int = 1, usage_wanted: bool = False, frames: Any = None) -> None:
+        self.circuit = Circuit(choices)
+        self.sent: list[dict] = []
+        frames = frames or ChatFrames(HEAD, choices, usage_wanted)
+        submits = [Submit(uid, b"\0\0\0\0", 1, Sampling(seed=0)) for uid in range(choices)]
+        stream = EventStream(self.circuit, submits, frames, choices, usage_wanted)  # type: ignore[arg-type]
+        self.task = asyncio.create_task(stream({}, None, self._send))  # type: ignore[arg-type]
+
+    async def _send(self, message: dict) -> None:
+        self.sent.append(message)
+
+    async def settle(self) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [message["body"] for message in self.sent[1:]]
+
+
+def chunks(data: bytes) -> list[Any]:
+    return [json.loads(line[6:]) for line in data.split(b"\n\n") if line.startswith(b"data: {")]
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(scenario())  # type: ignore[arg-type]
+
+
+def test_one_write_for_what_waits() -> None:
+    async def scenario() -> None:
+        written = Written()
+        written.circuit.say(0, "a")
+        await written.settle()
+        for text in "bcd":
+            written.circuit.say(0, text)
+        await written.settle()
+        written.circuit.say(0, "e", "stop")
+        await written.task
+        assert [message["type"] for message in written.sent] == ["http.response.start"] + 3 * ["http.response.body"]
+        role, first = chunks(written.bodies[0])
+        assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert first["choices"][0]["delta"] == {"content": "a"}
+        [second] = chunks(written.bodies[1])
+        assert second["choices"][0]["delta"] == {"content": "bcd"}
+        third, finish = chunks(written.bodies[2])
+        assert third["choices"][0]["delta"] == {"content": "e"}
+        assert (finish["choices"][0]["delta"], finish["choices"][0]["finish_reason"]) == ({}, "stop")
+        assert written.bodies[2].endswith(DONE) and not written.sent[-1]["more_body"]
+        assert written.circuit.abandoned
+
+    run(scenario)
+
+
+def test_tokens_without_text_are_not_written() -> None:
+    async def scenario() -> None:
+        written = Written()
+        written.circuit.say(0, "a")
+        await written.settle()
+        written.circuit.say(0, "")
+        await written.settle()
+        assert len(written.bodies) == 1
+        written.task.cancel()
+
+    run(scenario)
+
+
+def test_choices_open_in_order() -> None:
+    async def scenario() -> None:
+        written = Written(choices=3, usage_wanted=True)
+        written.circuit.say(2, "c", "stop")
+        await written.settle()
+        written.circuit.say(0, "a", "stop")
+        written.circuit.say(1, "b", "length")
+        await written.task
+        told = chunks(b"".join(written.bodies))
+        assert [chunk["choices"][0]["index"] for chunk in told[:3]] == [0, 1, 2]
+        assert told[-1]["choices"] == [] and told[-1]["usage"]["total_tokens"] == 3 + 3 * 2
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("endpoint", [ChatFrames, CompletionFrames])
+def test_silence_is_broken_but_never_begins_a_stream(monkeypatch: pytest.MonkeyPatch, endpoint: Any) -> None:
+    monkeypatch.setattr(sse_module, "SILENCE_S", 0.01)
+
+    async def scenario() -> None:
+        written = Written(frames=endpoint(HEAD, 1, False))
+        await asyncio.sleep(0.05)
+        assert written.sent[0]["type"] == "http.response.start", "proxies give up on a connection that says nothing"
+        assert written.bodies[:1] != [KEEP_ALIVE]
+        written.circuit.say(0, "a")
+        await asyncio.sleep(0.05)
+        assert written.bodies.count(KEEP_ALIVE) >= 2 and written.bodies[-1] == KEEP_ALIVE
+        written.circuit.say(0, "b", "stop")
+        await written.task
+        assert b"".join(written.bodies).count(b"data: ") == (5 if endpoint is ChatFrames else 4)
+
+    run(scenario)
+
+
+def test_a_refusal_is_a_status_and_not_an_event() -> None:
+    async def scenario() -> None:
+        written = Written()
+        written.circuit.reply.fail(ApiError(429, "full", "queue_full"))
+        with pytest.raises(ApiError):
+            await written.task
+        assert written.sent == [] and written.circuit.abandoned
+
+    run(scenario)
+
+
+def test_an_error_in_the_middle_is_an_event() -> None:
+    async def scenario() -> None:
+        written = Written(choices=2)
+        written.circuit.say(0, "a", "stop")
+        await written.settle()
+        written.circuit.say(1, "b")
+        written.circuit.reply.fail(ApiError(503, "died", "engine_error"))
+        await written.task
+        assert b'"b"' in written.bodies[-2], "what came before the error is told"
+        assert written.bodies[-1] == event(ApiError(503, "died", "engine_error").envelope()) + DONE
+        assert written.circuit.abandoned
+
+    run(scenario)
+
+
+def test_a_stream_that_is_cancelled_is_abandoned() -> None:
+    async def scenario() -> None:
+        written = Written()
+        written.circuit.say(0, "a")
+        await written.settle()
+        written.task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await written.task
+        assert written.circuit.abandoned
+
+    run(scenario)
+
+
+def test_a_whole_answer_fails_as_a_whole() -> None:
+    async def scenario() -> None:
+        circuit = Circuit(2)
+        circuit.say(0, "a", "stop")
+        circuit.reply.fail(ApiError(500, "failed", "engine_error"))
+        with pytest.raises(ApiError):
+            await whole(circuit.reply)
+
+    run(scenario)
