@@ -4,8 +4,7 @@ Each peer is started alone, warmed up, loaded by the same client with the same p
 round after round, so that a drift of the machine shows. A sample during which other processes were busy is
 taken again, and left out of the medians where a quiet one exists.
 
-    pip install xllamacpp
-    load_tests/cpu_peers.py
+    make bench-cpu ARGS="--rounds 1"
 """
 
 import argparse

@@ -86,6 +86,7 @@ def test_events_without_text_are_not_the_first_token() -> None:
     stream.take(1.0, [b"", b": ping", b'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}\r'])
     stream.take(2.0, [b'data:{"choices": [{"delta": {"content": "x"}, "finish_reason": "stop"}]}\r'])
     stream.take(3.0, [b'data: {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 5}}', b"data: [DONE]"])
+    stream.take(4.0, [b'data: {"choices": [], "usage": null}', b"data: [DONE]"])
     assert stream.arrivals == [(2.0, 1)]
     assert stream.finished and stream.usage and stream.usage.completion_tokens == 5
 

@@ -69,6 +69,14 @@ def test_a_child_that_dies_leaves_its_last_words(tmp_path: Path) -> None:
         child.wait_until_ready("http://127.0.0.1:9/")
 
 
+def test_a_child_that_does_not_listen_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "STOP_LIMIT_S", 0.2)
+    deaf = "import signal, sys; signal.signal(15, signal.SIG_IGN); print(flush=True); signal.pause()"
+    with Child([PYTHON, "-c", deaf], tmp_path / "log", piped=True) as child:
+        child.read_line()
+    assert child.process.returncode == -9
+
+
 def test_ones_own_work_and_that_of_children_is_not_the_work_of_others(tmp_path: Path) -> None:
     others, began = OthersClock(), time.monotonic()
     burn = "import time, sys\nwhile time.process_time() < 0.4: pass\nprint(flush=True)\nsys.stdin.read()"
