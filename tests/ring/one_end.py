@@ -69,6 +69,14 @@ def tell(fds: RingFds) -> None:
         receiver.sleep(LOST_S)
 
 
+def churn(fds: RingFds) -> None:
+    """Both ends at once, for ever: the counters move all the time."""
+    sender, receiver = Sender(fds), Receiver(fds, Abort)
+    while True:
+        sender.put(b"")
+        next(receiver.drain())
+
+
 def main(role: str, memory: str, bell: str, seed: str, number: str, length: str | None = None) -> None:
     fds, work = RingFds(int(memory), int(bell)), (int(seed), int(number), int(length) if length else None)
     match role:
@@ -78,6 +86,8 @@ def main(role: str, memory: str, bell: str, seed: str, number: str, length: str 
             check(fds, *work, sleeps=role == "sleep")
         case "tell":
             tell(fds)
+        case "churn":
+            churn(fds)
 
 
 if __name__ == "__main__":
