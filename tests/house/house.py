@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -75,7 +75,7 @@ class House:
 
     def family(self) -> list[psutil.Process]:
         """Every process that this server ever started, as far as it was seen, and that still runs."""
-        if self.ps.is_running():
+        if self.process.poll() is None:
             self._seen |= {child.pid: child for child in self.ps.children(recursive=True)}
         self._seen = {pid: child for pid, child in self._seen.items() if _lives(child)}
         return list(self._seen.values())
@@ -92,17 +92,19 @@ class House:
         return self.process.wait(within_s)
 
     def raze(self) -> None:
-        family = self.family() if self.process.poll() is None else []
+        self.family()
         self.process.kill()
         self.process.wait()
-        psutil.wait_procs(family, timeout=5)
+        eventually("nothing is left", lambda: not self.family(), within_s=5)
 
 
-def fake_house(model: Path, log: Path, environment: Mapping[str, str] = {}, **settings: object) -> House:
+def fake_house(
+    model: Path, log: Path, environment: Mapping[str, str] = {}, prefix: Sequence[str] = (), **settings: object
+) -> House:
     config = ServeConfig(
         **{"model": str(model), "served_model_name": "tiny", "load_format": "dummy", "port": 0, **settings}
     )  # type: ignore[arg-type]
-    return House([*FAKE, msgspec.json.encode(config).decode()], log, environment)
+    return House([*prefix, *FAKE, msgspec.json.encode(config).decode()], log, environment)
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -1,17 +1,27 @@
 """How a server starts, refuses to start, drains and dies: each with a clear word, and nothing left behind."""
 
 import json
+import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
 from openai import OpenAI
 
-from house import House, eventually
+from house import REAL, House, eventually, fake_house
 
 Start = Callable[..., House]
+SMALL_FILES = (  # a prefix of a command
+    sys.executable,
+    "-c",
+    "import os, resource as r, sys; r.setrlimit(r.RLIMIT_FSIZE, (1 << 20,) * 2); os.execv(sys.argv[1], sys.argv[1:])",
+)
 SLOW_STEPS = {"FAKE_STEP_S": "0.02"}
 
 
@@ -159,3 +169,58 @@ def test_nothing_outlives_the_supervisor(start: Start) -> None:
     house.wait()
     eventually("no children", lambda: not house.family(), within_s=2)
     assert start(port=port).wait_greeted().status("/health/live") == 200
+
+
+def test_a_port_in_use_is_a_clear_error(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        number = other.getsockname()[1]
+        house = start(port=number)
+        assert house.wait(10) == 1
+    assert house.log == f"tokenllm: cannot listen on 127.0.0.1 port {number}: Address already in use\n"
+
+
+def test_a_second_server_on_the_same_port_leaves_the_first_alone(start: Start) -> None:
+    first = start(gateway_processes=2).wait_greeted()
+    second = start(port=int(first.url.rpartition(":")[2]))
+    assert second.wait(10) == 1
+    assert "Address already in use" in second.log
+    for _ in range(8):
+        assert httpx.post(first.url + "/v1/completions", json=body()).status_code == 200
+
+
+def test_too_little_memory_for_the_rings_is_a_clear_error(tiny_model: Path, tmp_path: Path) -> None:
+    house = fake_house(tiny_model, tmp_path / "log", prefix=SMALL_FILES)
+    assert house.wait(10) == 1
+    assert house.log.startswith("tokenllm: too little memory for 3 rings of 16777216 bytes (--ring-bytes): ")
+
+
+def tokenllm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*REAL, *arguments, "--port", "0"], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_model_that_is_not_there_is_named() -> None:
+    ended = tokenllm("no/such/model.gguf")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "no/such/model.gguf" in ended.stderr
+
+
+def test_no_start_on_a_reachable_address_without_a_key() -> None:
+    ended = tokenllm("--host", "0.0.0.0")
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_truncated_weights_file_is_named(default_model: Path, tmp_path: Path) -> None:
+    truncated = tmp_path / "truncated.gguf"
+    with default_model.open("rb") as whole:
+        truncated.write_bytes(whole.read(20 << 20))
+    ended = tokenllm(str(truncated))
+    assert ended.returncode not in (0, 2)
+    assert str(truncated) in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_ctrl_c_reaches_the_supervisor_alone(start: Start) -> None:
+    """A terminal sends it to every process of the group."""
+    house = start().wait_greeted()
+    assert {os.getpgid(child.pid) for child in house.family()}.isdisjoint({os.getpgid(house.process.pid)})

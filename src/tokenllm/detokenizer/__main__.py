@@ -3,10 +3,12 @@
 Owns nothing that a restart could not rebuild. Relies on the supervisor to end it with its generation.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from tokenllm.checkpoint import CheckpointError
 from tokenllm.config import DetokenizerBirth
 from tokenllm.detokenizer.core import Detokenizer
 from tokenllm.detokenizer.outbox import Outbox
@@ -21,7 +23,11 @@ RETRY_S = 0.002  # a ring has no bell for room: how soon to look again
 def main() -> NoReturn:
     birth = read_birth(DetokenizerBirth)
     die_with(birth.supervisor_pid)
-    detokenizer = Detokenizer(load_decoder(Path(birth.model_path)), len(birth.outboxes))
+    try:
+        decoder = load_decoder(Path(birth.model_path))
+    except CheckpointError as error:
+        sys.exit(f"tokenllm: {error}")
+    detokenizer = Detokenizer(decoder, len(birth.outboxes))
     serve(Receiver(birth.inbox, Midway), detokenizer, [Outbox(Sender(fds)) for fds in birth.outboxes])
 
 
