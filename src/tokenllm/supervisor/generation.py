@@ -14,6 +14,9 @@ from tokenllm.supervisor import StartError
 from tokenllm.supervisor.child import Child
 
 SCHEDULER = (sys.executable, "-m", "tokenllm.scheduler")
+# OpenMP's threads wait for each other by spinning. On a CPU that others use too, the one waited for does not run while
+# the other spins, and a step takes fifty times as long: wait a moment, then sleep
+SCHEDULER_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
 DETOKENIZER = (sys.executable, "-m", "tokenllm.detokenizer")
 
 
@@ -78,6 +81,7 @@ class Generation:
                 scheduler_command,
                 SchedulerBirth(config, model_path, number, supervisor_pid, inboxes, between, page_fds[0]),
                 (*_fds(*inboxes, between), page_fds[0]),
+                SCHEDULER_ENVIRONMENT,
             ),
             Child(
                 "detokenizer",
