@@ -54,7 +54,7 @@ def usable_cores() -> int:
 
 
 def _device(config: ServeConfig) -> torch.device:
-    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
+    if config.device == "cuda":
         raise ValueError("device: the CUDA engine is not there yet; serve with --device cpu")
     return torch.device("cpu")
 
