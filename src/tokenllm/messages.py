@@ -61,7 +61,7 @@ class GatewayLost(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """The model is loaded. Goes once round the circle, so that it proves the whole of it."""
+    """The model is loaded. Goes round the circle, so that it proves the whole of it; again after `GatewayLost`."""
 
     generation: int
     kv_tokens_capacity: int

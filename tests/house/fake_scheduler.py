@@ -66,8 +66,9 @@ class Request:
 
 
 class FakeScheduler:
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, generation: int) -> None:
         self.capacity = config.max_total_tokens or CAPACITY_TOKENS
+        self.ready = Ready(generation, self.capacity, MODEL_LEN)
         self._most_running = config.max_running_requests
         self._most_waiting = config.max_queued_requests
         self.running: dict[int, Request] = {}
@@ -77,15 +78,16 @@ class FakeScheduler:
     def active_tokens(self) -> int:
         return sum(request.prompt_tokens + request.generated for request in self.running.values())
 
-    def accept(self, message: Inbound) -> Midway | None:
+    def accept(self, message: Inbound) -> list[Midway]:
         match message:
             case Submit():
-                return self._enqueue(Request(message))
+                return [self._enqueue(Request(message))]
             case Abort(uid=uid):
                 return self._abort([uid] if uid in self.running or uid in self.waiting else [])
             case GatewayLost(slot=slot, incarnation=incarnation):
                 known = [*self.running, *self.waiting]
-                return self._abort([uid for uid in known if gateway_of(uid) == (slot, incarnation)])
+                lost = [uid for uid in known if gateway_of(uid) == (slot, incarnation)]
+                return [*self._abort(lost), self.ready]
 
     def _enqueue(self, request: Request) -> Midway:
         if request.most_tokens > self.capacity:
@@ -96,12 +98,12 @@ class FakeScheduler:
         self.waiting[request.uid] = request
         return Begin(request.uid, request.prompt_tokens, request.submit.stop)
 
-    def _abort(self, uids: list[int]) -> Step | None:
+    def _abort(self, uids: list[int]) -> list[Midway]:
         for uid in uids:
             self.running.pop(uid, None)
             self.waiting.pop(uid, None)
         n = len(uids)
-        return Step(tuple(uids), (0,) * n, b"", (FINISHED["abort"],) * n, (0,) * n) if uids else None
+        return [Step(tuple(uids), (0,) * n, b"", (FINISHED["abort"],) * n, (0,) * n)] if uids else []
 
     def step(self) -> Step:
         self._admit()
@@ -154,15 +156,15 @@ def main() -> None:
     time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
     step_s = float(os.environ.get("FAKE_STEP_S", "0.002"))
     pace = random.Random(birth.generation)
-    scheduler, page = FakeScheduler(birth.config), Page(birth.page_fd)
+    scheduler, page = FakeScheduler(birth.config, birth.generation), Page(birth.page_fd)
     inboxes = [Receiver[Inbound](fds, Inbound) for fds in birth.inboxes]
     outbox = Sender[Midway](birth.outbox)
     publish(scheduler, page)
-    send(outbox, Ready(birth.generation, scheduler.capacity, MODEL_LEN))
+    send(outbox, scheduler.ready)
     while True:
         for inbox in inboxes:
             for message in inbox.receive():
-                if answer := scheduler.accept(message):
+                for answer in scheduler.accept(message):
                     send(outbox, answer)
         if scheduler.running or scheduler.waiting:
             time.sleep(pace.uniform(0, 2 * step_s))

@@ -60,7 +60,8 @@ class House:
         return self
 
     def wait_ready(self) -> None:
-        eventually("readiness", lambda: self.status("/health/ready") == 200)
+        """Wait for every gateway: each connection meets any of them."""
+        eventually("readiness", lambda: {self.status("/health/ready") for _ in range(12)} == {200})
 
     def status(self, path: str) -> int | None:
         try:

@@ -16,7 +16,7 @@ from tokenllm.messages import Inbound, Midway, Ready
 from tokenllm.process import die_with, read_birth
 from tokenllm.ring import Receiver, Sender
 from tokenllm.routing.policy import Conservative
-from tokenllm.scheduler.loop import Loop, send_when_room
+from tokenllm.scheduler.loop import Loop
 from tokenllm.scheduler.scheduler import Scheduler
 
 
@@ -26,8 +26,8 @@ def main() -> None:
     engine = _load(birth.config, Path(birth.model_path))
     inboxes = [Receiver[Inbound](fds, Inbound) for fds in birth.inboxes]
     outbox = Sender[Midway](birth.outbox)
-    send_when_room(outbox, Ready(birth.generation, engine.kv_tokens, engine.max_model_len))
-    Loop(_scheduler(birth.config, engine), engine.runner, inboxes, outbox, Page(birth.page_fd)).serve()
+    ready = Ready(birth.generation, engine.kv_tokens, engine.max_model_len)
+    Loop(_scheduler(birth.config, engine), engine.runner, inboxes, outbox, Page(birth.page_fd), ready).serve()
 
 
 def _load(config: ServeConfig, path: Path) -> Engine:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenllm.counters import Page
 from tokenllm.engine.batch import Plan
 from tokenllm.engine.runner import Flight, Runner
-from tokenllm.messages import Inbound, Midway
+from tokenllm.messages import GatewayLost, Inbound, Midway, Ready
 from tokenllm.ring import Receiver, RingFull, Sender, wait_for_any
 from tokenllm.scheduler.request import Request
 from tokenllm.scheduler.scheduler import Scheduler
@@ -25,12 +25,14 @@ class Loop:
         inboxes: Sequence[Receiver[Inbound]],
         outbox: Sender[Midway],
         page: Page,
+        ready: Ready,
     ) -> None:
         self._scheduler, self._runner = scheduler, runner
-        self._inboxes, self._outbox, self._page = inboxes, outbox, page
+        self._inboxes, self._outbox, self._page, self._ready = inboxes, outbox, page, ready
         self._flights: deque[tuple[Flight, tuple[Request, ...], float]] = deque()
 
     def serve(self) -> None:
+        send_when_room(self._outbox, self._ready)
         while True:
             self._receive()
             planned = self._scheduler.plan()
@@ -47,6 +49,8 @@ class Loop:
             for message in inbox.receive():
                 for answer in self._scheduler.accept(message):
                     send_when_room(self._outbox, answer)
+                if isinstance(message, GatewayLost):
+                    send_when_room(self._outbox, self._ready)  # for its successor, who may not have heard it
 
     def _launch(self, plan: Plan, sampling: tuple[Request, ...]) -> None:
         began = time.monotonic()
