@@ -51,7 +51,7 @@ bench-cpu: $(VENV)/.bench ## the embedded model against llama.cpp and transforme
 	$(BIN)/python load_tests/cpu_peers.py $(ARGS)
 
 bench-ring: $(VENV)/.load ## the ring against a pipe and a queue
-	$(BIN)/python load_tests/ring.py $(ARGS)
+	$(BIN)/python load_tests/ring_bench.py $(ARGS)
 
 lock: ## resolve every dependency anew and write constraints.txt (with the oldest Python, so that it fits all)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make lock wants PYTHON=python3.11" >&2; exit 1; }

@@ -108,8 +108,9 @@ class Image:
 
 
 def compose_environment(service: str) -> dict[str, str]:
-    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (ROOT / "compose.yaml").read_text(encoding="utf-8"))
-    return yaml.safe_load(text)["services"][service]["environment"]
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    given = services[service]["environment"]
+    return {name: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value) for name, value in given.items()}
 
 
 @pytest.fixture
