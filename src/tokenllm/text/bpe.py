@@ -28,7 +28,7 @@ NEVER = 1 << 62  # an id beyond all
 
 # tiktoken's regex engine keeps a state per white-space character and gives up, with a panic, at about a million
 LONGEST_WHITE_SPACE = 100_000
-ENDLESS_WHITE_SPACE = re.compile(rf"\s{{{LONGEST_WHITE_SPACE}}}")
+ENDLESS_WHITE_SPACE = re.compile(rf"(?<!\s)\s{{{LONGEST_WHITE_SPACE}}}")  # looks at each run once
 
 
 def _byte_alphabet() -> dict[str, int]:
