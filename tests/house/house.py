@@ -7,9 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
-import httpx
 import msgspec
 import psutil
 
@@ -63,10 +64,17 @@ class House:
         """Wait for every gateway: each connection meets any of them."""
         eventually("readiness", lambda: {self.status("/health/ready") for _ in range(12)} == {200})
 
+    def get(self, path: str) -> tuple[int, str]:
+        """Over a connection of its own, so that it meets any of the gateways."""
+        with closing(HTTPConnection(self.url.removeprefix("http://"), timeout=5)) as connection:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+
     def status(self, path: str) -> int | None:
         try:
-            return httpx.get(self.url + path, timeout=5).status_code
-        except httpx.TransportError:
+            return self.get(path)[0]
+        except (OSError, HTTPException):
             return None
 
     def members(self, role: str) -> list[psutil.Process]:
@@ -82,7 +90,7 @@ class House:
         return list(self._seen.values())
 
     def metrics(self) -> dict[str, float]:
-        lines = httpx.get(self.url + "/metrics", timeout=5).text.splitlines()
+        lines = self.get("/metrics")[1].splitlines()
         pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
         return {name: float(value) for name, _, value in pairs}
 
