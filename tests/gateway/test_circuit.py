@@ -116,6 +116,22 @@ def test_a_request_goes_round() -> None:
     in_loop(scenario())
 
 
+def test_the_time_between_tokens_is_measured_for_each() -> None:
+    async def scenario() -> None:
+        circuit, page = new_circuit()
+        generation = Generation(1)
+        generation.attach(circuit)
+        [uid] = circuit.submit(submits(circuit, 1)).uids
+        for tokens in (1, 4):
+            generation.outbox.send(Texts((Delta(uid, "", tokens),)))
+            circuit.turn()
+            await asyncio.sleep(0.04)
+        events, seconds = page.histogram("tokenllm_inter_token_latency_seconds")
+        assert sum(events) == 4 and 0.04 <= seconds < 0.08, "one gap, shared by the tokens that came after it"
+
+    in_loop(scenario())
+
+
 def test_a_refusal_and_a_failure_are_errors() -> None:
     async def scenario() -> None:
         circuit, page = new_circuit()
@@ -175,18 +191,35 @@ def test_aborts_that_found_no_room_are_sent_when_there_is_some() -> None:
         circuit, _ = new_circuit()
         generation = Generation(1, ring_a_bytes=1024)
         generation.attach(circuit)
-        reply = circuit.submit(submits(circuit, 1))
-        with pytest.raises(ApiError):
-            circuit.submit(submits(circuit, 8, prompt=bytes(400)))
         listening = asyncio.create_task(circuit.listen())
-        circuit.abandon(reply)
+        await asyncio.sleep(0.01)
+        replies = []
+        with pytest.raises(ApiError):
+            while True:
+                replies.append(circuit.submit(submits(circuit, 1)))
+        for reply in replies:  # more than fit into what is left of the ring
+            circuit.abandon(reply)
         for _ in range(100):
-            generation.read()
-            if reply.uids[0] in generation.aborted:
-                break
             await asyncio.sleep(0.005)
-        assert reply.uids[0] in generation.aborted
+            generation.read()
+        assert generation.aborted == [reply.uids[0] for reply in replies]
         listening.cancel()
+
+    in_loop(scenario())
+
+
+def test_who_has_left_is_told_nothing() -> None:
+    async def scenario() -> None:
+        circuit, page = new_circuit()
+        generation = Generation(1)
+        generation.attach(circuit)
+        reply = circuit.submit(submits(circuit, 1))
+        circuit.abandon(reply)
+        generation.say(reply.uids[0], "a")
+        generation.say(reply.uids[0], "b", "stop")
+        circuit.turn()
+        assert await reply.deltas(0) == []
+        assert finished(page) == {"stop": 1}
 
     in_loop(scenario())
 
@@ -207,11 +240,14 @@ def test_nothing_is_submitted_while_there_is_no_model() -> None:
 def test_a_prompt_that_no_ring_carries_is_the_clients_fault() -> None:
     async def scenario() -> None:
         circuit, _ = new_circuit()
-        Generation(1, ring_a_bytes=1024).attach(circuit)
+        generation = Generation(1, ring_a_bytes=1024)
+        generation.attach(circuit)
+        batch = submits(circuit, 2) + submits(circuit, 1, prompt=bytes(4000))
         with pytest.raises(ApiError) as caught:
-            circuit.submit(submits(circuit, 2, prompt=bytes(4000)))
+            circuit.submit(batch)
         assert caught.value.status == 400
-        assert circuit.waiting_since() is None
+        generation.read()
+        assert generation.aborted == generation.submitted == [submit.uid for submit in batch[:2]]
 
     in_loop(scenario())
 

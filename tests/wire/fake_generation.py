@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 
 from tokenllm.config import GatewayBirth, ServeConfig
@@ -97,6 +98,9 @@ class Generation(threading.Thread):
     def die(self) -> None:
         self._dead.set()
         self.join()
+
+    def bury(self) -> None:
+        self.submits += [message for message in self._inbox.receive() if isinstance(message, Submit)]
         self._inbox.close()
         self._outbox.close()
         close_ring(self.ring_a)
@@ -193,6 +197,9 @@ class GatewayUnderTest:
         assert self.generation
         self.generation.die()
         self.tell(Lost(self.generation.number))
+        eventually(lambda: httpx.get(self.url + "/health/ready", verify=False).status_code == 503)
+        self.generation.bury()
+        assert self.finished() == len(self.generation.submits), "every submit ends once"
         self.generation = None
 
     def tell(self, message: Lost | Drain) -> None:
@@ -206,6 +213,7 @@ class GatewayUnderTest:
         self.process.wait()
         if self.generation:
             self.generation.die()
+            self.generation.bury()
         self._control.close()
         for fd in self._page_fds:
             os.close(fd)

@@ -89,15 +89,16 @@ class Circuit:
         if self._rings is None or self.ready is None:
             raise busy("the model is still loading", "loading")
         reply = Reply([submit.uid for submit in submits])
-        for index, submit in enumerate(submits):
-            try:
+        try:
+            for index, submit in enumerate(submits):
                 self._rings.sender.send(submit)
-            except RingFull:
-                self.abandon(reply)
-                raise busy("the server has no room for another request now") from None
-            except FrameTooLarge:
-                raise ApiError(400, "the prompt is larger than this server can pass on", "invalid_value") from None
-            self._ledger[submit.uid] = _Line(reply, index, submit.arrived_s)
+                self._ledger[submit.uid] = _Line(reply, index, submit.arrived_s)
+        except RingFull:
+            self.abandon(reply)
+            raise busy("the server has no room for another request now") from None
+        except FrameTooLarge:
+            self.abandon(reply)
+            raise ApiError(400, "the prompt is larger than this server can pass on", "invalid_value") from None
         return reply
 
     def abandon(self, reply: Reply) -> None:
@@ -137,8 +138,8 @@ class Circuit:
         except RingCorrupt:
             self._page.add("tokenllm_ring_corrupt_total")
             raise
-        for _ in range(len(self._unsent_aborts)):
-            self._abort(self._unsent_aborts.popleft())
+        while self._unsent_aborts and self._sent(Abort(self._unsent_aborts[0])):
+            self._unsent_aborts.popleft()
 
     def _route(self, message: Outbound) -> None:
         match message:
@@ -190,12 +191,17 @@ class Circuit:
                 line.reply.fail(last_word)
 
     def _abort(self, uid: int) -> None:
+        if not self._sent(Abort(uid)):
+            self._unsent_aborts.append(uid)
+            self._bell.set()  # `listen` may be asleep without a limit
+
+    def _sent(self, message: Inbound) -> bool:
         assert self._rings, "the ledger is empty without a generation"
         try:
-            self._rings.sender.send(Abort(uid))
+            self._rings.sender.send(message)
         except RingFull:
-            self._unsent_aborts.append(uid)
-            self._bell.set()  # `listen` sleeps without a limit
+            return False
+        return True
 
 
 def _refusal(refused: Refused) -> ApiError:
