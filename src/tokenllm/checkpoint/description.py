@@ -133,7 +133,7 @@ def _of_folder(folder: Path) -> ModelDescription:
         layers=config.integer("num_hidden_layers"),
         heads=heads,
         kv_heads=config.integer("num_key_value_heads", heads),
-        head_dim=config.integer("head_dim", config.integer("hidden_size") // heads),
+        head_dim=config.integer("head_dim", 128 if architecture == "qwen3" else config.integer("hidden_size") // heads),
         intermediate_size=config.integer("intermediate_size"),
         vocab_size=config.integer("vocab_size"),
         rms_norm_eps=config.number("rms_norm_eps", 1e-6),
@@ -162,9 +162,11 @@ def _rope(config: _Entries) -> tuple[float, dict[str, Any] | None]:
 
 
 def _sliding_window(config: _Entries, architecture: str) -> int | None:
-    """Mistral's window holds whenever it is named; the others have a switch, which is off unless set."""
-    switched_on = config.flag("use_sliding_window", architecture == "mistral")
-    return config.integer("sliding_window") if switched_on and config.values.get("sliding_window") else None
+    """Mistral's window is there unless the config says null; the others have a switch, which is off unless set."""
+    mistral = architecture == "mistral"
+    if not config.flag("use_sliding_window", mistral) or config.values.get("sliding_window", mistral) is None:
+        return None
+    return config.integer("sliding_window", 4096 if mistral else None)
 
 
 def _tokenizer_ids(folder: Path, key: str) -> frozenset[int]:
