@@ -260,6 +260,23 @@ def test_large_bodies(gateway: GatewayUnderTest) -> None:
     assert fits.json()["count"] == len(fits.json()["tokens"]) > 200_000
 
 
+@pytest.mark.parametrize(("path", "param"), [("/v1/chat/completions", "messages"), ("/v1/completions", "prompt")])
+def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(
+    gateway: GatewayUnderTest, path: str, param: str
+) -> None:
+    text = "a" * 1_000_000
+    before = time.monotonic()
+    answer = post(gateway, path, messages=[{"role": "user", "content": text}], prompt=text)
+    assert time.monotonic() - before < 1
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+
+
+def test_text_that_no_tokenizer_takes_is_the_clients_fault(gateway: GatewayUnderTest) -> None:
+    answer = fetch("POST", gateway.url + "/tokenize", json={"prompt": " " * 200_000})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+
+
 def test_a_body_that_never_ends_is_cut(gateway: GatewayUnderTest) -> None:
     head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 999999999\r\n\r\n"
     answer = raw(gateway, head)  # it does not wait for the body

@@ -1,13 +1,15 @@
 """The official client against a real gateway process."""
 
+from typing import Any
+
 import openai
 import pytest
 from fake_generation import MODEL_LEN, MODEL_NAME, GatewayUnderTest, eventually, words
 
-HELLO = [{"role": "user", "content": "hello"}]
+HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
-def ask(client: openai.OpenAI, **fields: object) -> openai.types.chat.ChatCompletion:
+def ask(client: openai.OpenAI, **fields: object) -> Any:
     return client.chat.completions.create(**{"model": MODEL_NAME, "messages": HELLO, **fields})
 
 
@@ -43,7 +45,7 @@ def test_usage_comes_only_when_asked_for(client: openai.OpenAI) -> None:
 
 
 def test_the_stream_helper(client: openai.OpenAI) -> None:
-    options = {"include_usage": True}
+    options: Any = {"include_usage": True}
     manager = client.chat.completions.stream(
         model=MODEL_NAME, messages=HELLO, stop="6", n=2, stream_options=options, logprobs=True
     )

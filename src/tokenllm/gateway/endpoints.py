@@ -60,7 +60,9 @@ async def chat_completions(gateway: Gateway, request: Request) -> ASGIApp:
     arrived_s = time.monotonic()
     body = await gateway.read(ChatCompletionRequest, request)
     gateway.check_queue()
-    prompt = await gateway.off_loop(gateway.model.chat_prompt, body.messages)
+    model, max_model_len = gateway.model, gateway.ready().max_model_len
+    model.check_size((message.text() for message in body.messages), "messages", max_model_len)
+    prompt = await gateway.off_loop(model.chat_prompt, body.messages)
     return await _generate(gateway, body, gateway.submits(body, [prompt], arrived_s), CHAT)
 
 
@@ -68,7 +70,10 @@ async def completions(gateway: Gateway, request: Request) -> ASGIApp:
     arrived_s = time.monotonic()
     body = await gateway.read(CompletionRequest, request)
     gateway.check_queue()
-    prompts = await gateway.off_loop(gateway.model.text_prompts, body.prompts(), "prompt")
+    model, max_model_len = gateway.model, gateway.ready().max_model_len
+    for text in body.prompts():
+        model.check_size([text] if isinstance(text, str) else [], "prompt", max_model_len)
+    prompts = await gateway.off_loop(model.text_prompts, body.prompts(), "prompt")
     return await _generate(gateway, body, gateway.submits(body, prompts, arrived_s), TEXT)
 
 

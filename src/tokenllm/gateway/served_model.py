@@ -1,10 +1,10 @@
 """The model as the gateway knows it: its name, its tokenizer, its template and the sampling it recommends; no weights.
 
-What takes long here (`chat_prompt`, `text_prompt`) is called in a thread, never on the event loop.
+What takes long here (`chat_prompt`, `text_prompts`) is called in a thread, never on the event loop.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,25 +22,38 @@ class ServedModel(NamedTuple):
     tokenizer: Tokenizer
     template: ChatTemplate
     sampling: SamplingDefaults
+    longest_token: int  # in bytes
+    vocab_size: int  # ids below have a text and an embedding
 
     @classmethod
     def load(cls, birth: GatewayBirth) -> "ServedModel":
         path = Path(birth.model_path)
+        tokenizer, description = load_tokenizer(path), describe(path)
         return cls(
             name=birth.model_name,
             created=int(time.time()),
-            tokenizer=load_tokenizer(path),
+            tokenizer=tokenizer,
             template=ChatTemplate.load(path, birth.config.chat_template),
-            sampling=describe(path).sampling,
+            sampling=description.sampling,
+            longest_token=max(map(len, tokenizer.pieces.values())),
+            vocab_size=min(tokenizer.vocab_size, description.vocab_size),
         )
+
+    def check_size(self, texts: Iterable[str], param: str, max_model_len: int) -> None:
+        """Refuse at once what cannot fit into the context: to tokenize it might take seconds."""
+        size, most = sum(len(text.encode()) for text in texts), self.longest_token * max_model_len
+        if size > most:
+            message = f"{size} bytes are too many: the context of {max_model_len} tokens ends before byte {most}"
+            raise invalid(param, message, "context_length_exceeded")
 
     def chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The ids of a conversation, up to where the assistant's turn begins."""
         turns = [_turn(message) for message in messages]
         try:
-            return prompt_ids(self.tokenizer, self.template, turns)
+            ids = prompt_ids(self.tokenizer, self.template, turns)
         except TemplateError as error:
             raise invalid("messages", str(error)) from None
+        return self.known(ids, "messages")
 
     def text_prompts(self, prompts: Sequence[str | list[int]], param: str, specials: bool = True) -> list[list[int]]:
         """The ids of each text; ids are checked and stay what they are."""
@@ -49,14 +62,17 @@ class ServedModel(NamedTuple):
     def _text_prompt(self, prompt: str | list[int], param: str, specials: bool) -> list[int]:
         if isinstance(prompt, list):
             return self.known(prompt, param)
-        ids = self.tokenizer.encode(prompt)
+        try:
+            ids = self.tokenizer.encode(prompt)
+        except ValueError as error:
+            raise invalid(param, str(error)) from None
         bos = self.tokenizer.bos_id if specials and self.tokenizer.adds_bos else None
-        return ids if bos is None else [bos, *ids]
+        return self.known(ids if bos is None else [bos, *ids], param)
 
     def known(self, ids: list[int], param: str) -> list[int]:
-        """These ids, all of which the model has an embedding for."""
-        if (largest := max(ids, default=0)) >= self.tokenizer.vocab_size:
-            raise invalid(param, f"token id {largest} is not in the vocabulary of {self.tokenizer.vocab_size}")
+        """These ids, none of which is beyond the vocabulary."""
+        if (largest := max(ids, default=0)) >= self.vocab_size:
+            raise invalid(param, f"token id {largest} is not in the vocabulary of {self.vocab_size}")
         return ids
 
 
