@@ -31,7 +31,6 @@ class Attach(ControlMessage, frozen=True):
     """Talk to this generation. Beside it: the memory and the bell of ring A, then the memory and the bell of ring C."""
 
     generation: int
-    ready: ModelReady | None = None  # a gateway that comes late has missed the one that went round
 
 
 class Lost(ControlMessage, frozen=True):

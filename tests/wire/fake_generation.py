@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import msgspec
@@ -70,10 +69,9 @@ class Generation(threading.Thread):
     REFUSE is refused, FAIL ends with an error, SILENT says nothing until it is aborted.
     """
 
-    def __init__(self, number: int, tokenizer: Tokenizer, step_s: float = STEP_S, announces: bool = True) -> None:
+    def __init__(self, number: int, tokenizer: Tokenizer, step_s: float = STEP_S) -> None:
         super().__init__(daemon=True)
         self.number, self.step_s = number, step_s
-        self.announces = announces  # or was ready long ago
         self._tokenizer = tokenizer
         self.ring_a, self.ring_c = create_ring(1 << 20), create_ring(1 << 20)
         self._inbox: Receiver[Inbound] = Receiver(self.ring_a, Inbound)
@@ -84,8 +82,7 @@ class Generation(threading.Thread):
         self.aborts: list[int] = []
 
     def run(self) -> None:
-        if self.announces:
-            self._outbox.send(Ready(self.number, 4096, MODEL_LEN))
+        self._outbox.send(Ready(self.number, 4096, MODEL_LEN))
         while not self._dead.is_set():
             for message in self._inbox.receive():
                 self._hear(message)
@@ -180,17 +177,15 @@ class GatewayUnderTest:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def load_model(self, **manner: Any) -> Generation:
+    def load_model(self, **manner: float) -> Generation:
         """A new generation, ready. `finished` counts from here."""
         self._before = {reason: self._count(reason) for reason in REASONS}
         self._generations += 1
         self.generation = Generation(self._generations, self._tokenizer, **manner)
         rings = self.generation.ring_a, self.generation.ring_c
-        ready = ModelReady(self._generations, 4096, MODEL_LEN)
-        attach = Attach(self._generations, None if self.generation.announces else ready)
-        tell(self._control, attach, [fd for ring in rings for fd in (ring.memory, ring.bell)])
+        tell(self._control, Attach(self._generations), [fd for ring in rings for fd in (ring.memory, ring.bell)])
         self.generation.start()
-        assert self.hear() == ready
+        assert self.hear() == ModelReady(self._generations, 4096, MODEL_LEN)
         return self.generation
 
     def kill_model(self) -> None:

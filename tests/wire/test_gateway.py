@@ -170,12 +170,6 @@ def test_without_a_supervisor_there_is_no_gateway(start: Start) -> None:
     assert gateway.process.wait(5) == 1
 
 
-def test_a_gateway_that_comes_late_hears_that_the_model_is_ready(fresh: GatewayUnderTest) -> None:
-    fresh.kill_model()
-    fresh.load_model(announces=False)
-    assert post(fresh, max_tokens=2).status_code == 200
-
-
 def _paths() -> list[tuple[str, str]]:
     return [(endpoint.method, endpoint.path.replace("{id:path}", MODEL_NAME)) for endpoint in ENDPOINTS]
 

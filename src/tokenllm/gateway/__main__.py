@@ -74,10 +74,9 @@ class Process:
 
     def _follow(self, packet: Packet) -> None:
         match packet.message:
-            case Attach(generation=generation, ready=told):
+            case Attach(generation=generation):
                 a_memory, a_bell, c_memory, c_bell = packet.descriptors
-                ready = Ready(told.generation, told.kv_tokens_capacity, told.max_model_len) if told else None
-                self._circuit.attach(generation, RingFds(a_memory, a_bell), RingFds(c_memory, c_bell), ready)
+                self._circuit.attach(generation, RingFds(a_memory, a_bell), RingFds(c_memory, c_bell))
             case Lost(generation=generation):
                 self._circuit.lose(generation)
             case Drain():

@@ -61,13 +61,11 @@ class Circuit:
         self._bell = asyncio.Event()
         self.ready: Ready | None = None
 
-    def attach(self, generation: int, ring_a: RingFds, ring_c: RingFds, ready: Ready | None = None) -> None:
-        """Talk to this generation from now on, which may have been ready for long."""
+    def attach(self, generation: int, ring_a: RingFds, ring_c: RingFds) -> None:
+        """Talk to this generation from now on."""
         assert self._rings is None, "the supervisor says that a generation is lost before it brings the next"
         self._rings = _Rings(generation, ring_a, ring_c)
         asyncio.get_running_loop().add_reader(self._rings.receiver.fileno(), self._bell.set)
-        if ready:
-            self._welcome(ready)
 
     def lose(self, generation: int) -> None:
         """The generation is dead: whoever waits for it gets the last word here."""
@@ -150,11 +148,8 @@ class Circuit:
             case Refused():
                 self._end(message.uid, "refused", _refusal(message))
             case Ready():
-                self._welcome(message)
-
-    def _welcome(self, ready: Ready) -> None:
-        self.ready = ready
-        self._on_ready(ready)
+                self.ready = message
+                self._on_ready(message)
 
     def _deliver(self, delta: Delta, now_s: float) -> None:
         line = self._ledger.get(delta.uid)
