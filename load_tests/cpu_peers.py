@@ -2,7 +2,7 @@
 
 Each peer is started alone, warmed up, loaded by the same client with the same prompts, weighed and stopped,
 round after round, so that a drift of the machine shows. A sample during which other processes were busy is
-taken again, and left out of the medians where a quiet one exists.
+taken again; medians are over quiet samples, and without them no ratio is shown.
 
     make bench-cpu ARGS="--rounds 1"
 """

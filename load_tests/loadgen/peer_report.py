@@ -49,10 +49,11 @@ class PeersReport(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One peer with so many streams: medians over the quiet samples of all rounds."""
+    """One peer with so many streams: medians over the quiet samples of all rounds, or the quietest alone."""
 
     streams: int
     peer: str
+    quiet_samples: int
     samples: int
     output_tokens_per_s: float
     lowest: float
@@ -69,24 +70,26 @@ def rows_of(samples: list[Sample]) -> list[Row]:
 
 
 def _row(samples: list[Sample]) -> Row:
-    quiet = [s for s in samples if s.other_cores <= QUIET_CORES] or [min(samples, key=lambda s: s.other_cores)]
-    speeds = [s.figures.output_tokens_per_s for s in quiet]
+    quiet = [s for s in samples if s.other_cores <= QUIET_CORES]
+    counted = quiet or [min(samples, key=lambda s: s.other_cores)]
+    speeds = [s.figures.output_tokens_per_s for s in counted]
     return Row(
-        streams=quiet[0].streams,
-        peer=quiet[0].peer,
-        samples=len(quiet),
+        streams=counted[0].streams,
+        peer=counted[0].peer,
+        quiet_samples=len(quiet),
+        samples=len(samples),
         output_tokens_per_s=median(speeds),
         lowest=min(speeds),
         highest=max(speeds),
-        ttft_p50_s=median(s.figures.ttft_s.p50 for s in quiet if s.figures.ttft_s),
-        inter_token_p50_s=median(s.figures.inter_token_s.p50 for s in quiet if s.figures.inter_token_s),
+        ttft_p50_s=median(s.figures.ttft_s.p50 for s in counted if s.figures.ttft_s),
+        inter_token_p50_s=median(s.figures.inter_token_s.p50 for s in counted if s.figures.inter_token_s),
         failed=sum(s.figures.failed for s in samples),
-        other_cores=max(s.other_cores for s in quiet),
+        other_cores=max(s.other_cores for s in counted),
     )
 
 
 SPEED_HEADINGS = ["streams", "peer", "output tok/s", "lowest - highest", "tokenllm / peer", "TTFT p50 s"]
-SPEED_HEADINGS += ["tokenllm / peer", "ITL p50 ms", "failed", "samples", "other cores"]
+SPEED_HEADINGS += ["tokenllm / peer", "ITL p50 ms", "failed", "quiet samples", "other cores"]
 
 
 def speed_cells(rows: list[Row]) -> list[list[str]]:
@@ -95,20 +98,26 @@ def speed_cells(rows: list[Row]) -> list[list[str]]:
 
 
 def _speed_cells(row: Row, ours: Row | None) -> list[str]:
-    compared = ours if row.peer != OURS else None
     return [
         str(row.streams),
         row.peer,
         f"{row.output_tokens_per_s:.1f}",
         f"{row.lowest:.1f} - {row.highest:.1f}",
-        f"{compared.output_tokens_per_s / row.output_tokens_per_s:.2f}" if compared else "",
+        _ratio(row, ours, lambda row: row.output_tokens_per_s),
         f"{row.ttft_p50_s:.3f}",
-        f"{compared.ttft_p50_s / row.ttft_p50_s:.2f}" if compared else "",
+        _ratio(row, ours, lambda row: row.ttft_p50_s),
         f"{1e3 * row.inter_token_p50_s:.1f}",
         str(row.failed),
-        str(row.samples),
+        f"{row.quiet_samples} of {row.samples}",
         f"{row.other_cores:.2f}",
     ]
+
+
+def _ratio(row: Row, ours: Row | None, value: Callable[[Row], float]) -> str:
+    """tokenllm's value over the peer's. One strange process can cost a peer nine tenths: noise gets no ratio."""
+    if not ours or row.peer == OURS:
+        return ""
+    return f"{value(ours) / value(row):.2f}" if ours.quiet_samples and row.quiet_samples else "noisy"
 
 
 LIFE_HEADINGS = ["peer", "start to ready s", "KV tokens", "process", "RSS MB", "PSS MB"]

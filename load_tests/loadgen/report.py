@@ -48,7 +48,7 @@ def machine_name() -> str:
 def open_console() -> Console:
     """A terminal's own width; enough for the tables where the output goes to a file."""
     console = Console()
-    return console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal else Console(width=170)
 
 
 def now() -> str:

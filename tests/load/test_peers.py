@@ -115,17 +115,20 @@ def test_medians_are_over_quiet_samples_and_ratios_to_each_peer(tmp_path: Path) 
         *(sample("tokenllm", 8, seconds) for seconds in (1.0, 2.0, 4.0)),
         sample("tokenllm", 8, 99.0, other_cores=1.5),
         sample("llama.cpp", 8, 50.0, other_cores=0.9),
-        sample("llama.cpp", 8, 4.0, other_cores=0.3),
+        sample("llama.cpp", 8, 4.0),
+        sample("transformers", 8, 50.0, other_cores=0.9),
+        sample("transformers", 8, 4.0, other_cores=0.3),
         sample("llama.cpp", 1, 1.0),
     ]
     rows = {(row.peer, row.streams): row for row in rows_of(samples)}
-    ours, theirs = rows["tokenllm", 8], rows["llama.cpp", 8]
-    assert (ours.samples, ours.output_tokens_per_s, ours.lowest, ours.highest) == (3, 256.0, 128.0, 512.0)
-    assert (theirs.samples, theirs.output_tokens_per_s) == (1, 128.0), "none was quiet: the quietest counts"
+    ours, noisy = rows["tokenllm", 8], rows["transformers", 8]
+    assert (ours.quiet_samples, ours.output_tokens_per_s, ours.lowest, ours.highest) == (3, 256.0, 128.0, 512.0)
+    assert (noisy.quiet_samples, noisy.output_tokens_per_s) == (0, 128.0), "none was quiet: the quietest is shown"
     lives = [Life("tokenllm", 1, 6.0, 12345, [Memory("tokenllm.scheduler", 2_000_000, 1_000_000)])]
     report = PeersReport("today", "a machine", [], "128 in, 64 out", samples, lives)
     text = markdown(report)
     assert "| 8 | llama.cpp | 128.0 | 128.0 - 128.0 | 2.00 | 2.000 | 0.50 |" in text
+    assert "| 8 | transformers | 128.0 | 128.0 - 128.0 | noisy | 2.000 | noisy |" in text
     assert "| tokenllm | 6.00 | 12,345 | tokenllm.scheduler | 2 | 1 |" in text
     plot(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
