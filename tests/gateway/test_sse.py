@@ -53,6 +53,14 @@ def test_an_event_is_one_line(text: str) -> None:
     assert json.loads(data[6:])["choices"][0]["delta"]["content"] == text
 
 
+def test_offsets_go_on_from_chunk_to_chunk() -> None:
+    frames = CompletionFrames(HEAD, 2, False)
+    tokens = [TokenText(text, b"", -1.0) for text in ("ab", "c")]
+    parts = [frames.text(1, "abc", tokens), frames.text(0, "abc", tokens), frames.text(1, "abc", tokens)]
+    choices = [json.loads(part[6:])["choices"][0] for part in parts]
+    assert [choice["logprobs"]["text_offset"] for choice in choices] == [[0, 2], [0, 2], [3, 5]]
+
+
 DELTAS = st.lists(st.tuples(st.integers(0, 3), TEXTS), max_size=20)
 
 

@@ -172,6 +172,7 @@ class GatewayUnderTest:
         listening.close()
         theirs.close()
         assert self.hear() == Serving()
+        self.http = httpx.Client(base_url=self.url, verify=False, timeout=20)  # to load certificates takes long
 
     @property
     def url(self) -> str:
@@ -206,6 +207,7 @@ class GatewayUnderTest:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.http.close()
         if self.generation:
             self.generation.die()
             self.generation.bury()

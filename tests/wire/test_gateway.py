@@ -13,9 +13,12 @@ from typing import Any
 import httpx
 import pytest
 from fake_generation import MODEL_LEN, MODEL_NAME, GatewayUnderTest, events, eventually, words
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tokenllm.control import Drain
 from tokenllm.gateway.app import ENDPOINTS
+from tokenllm_schemas.requests import ChatCompletionRequest
 
 CHAT = {"model": MODEL_NAME, "messages": [{"role": "user", "content": "hello"}]}
 Start = Callable[..., GatewayUnderTest]
@@ -174,6 +177,7 @@ def _paths() -> list[tuple[str, str]]:
     return [(endpoint.method, endpoint.path.replace("{id:path}", MODEL_NAME)) for endpoint in ENDPOINTS]
 
 
+FIELDS = sorted({*ChatCompletionRequest.model_fields} - {"stream"})
 OPEN = {"/health/live", "/health/ready"}
 
 
@@ -382,6 +386,29 @@ def test_tokenize_and_detokenize(gateway: GatewayUnderTest) -> None:
     unknown = fetch("POST", gateway.url + "/detokenize", json={"tokens": [49152]})
     assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, "tokens")
     assert fetch("POST", gateway.url + "/tokenize", json={"prompt": "x", "model": "other"}).status_code == 404
+
+
+WORDS = st.text(max_size=20) | st.sampled_from(["<|im_start|>", "<|im_end|>", "{{ 7*7 }}", "\ufdd0", "\0", "e\u0301"])
+TURN = st.fixed_dictionaries({"role": st.sampled_from(["system", "developer", "user", "assistant", "tool"])}).flatmap(
+    lambda turn: WORDS.map(lambda text: {**turn, "content": text})
+)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(messages=st.lists(TURN, max_size=4), field=st.sampled_from(FIELDS), value=ANYTHING)
+def test_no_words_and_no_values_are_too_much(
+    gateway: GatewayUnderTest, messages: list[Any], field: str, value: Any
+) -> None:
+    content = json.dumps({**CHAT, "messages": messages, "max_tokens": 1, field: value}).encode()
+    answer = gateway.http.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code in (200, 400, 404), answer.text
+    if answer.status_code != 200:
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def test_the_description_names_every_endpoint(gateway: GatewayUnderTest) -> None:
