@@ -58,9 +58,15 @@ class Decoder:
         return len(self.layers) * self.kv_heads * 2 * self.head_dim * self.dtype.itemsize
 
     def kv_memory(self, slots: int) -> list[Tensor]:
-        """KV memory for `slots` tokens and one spare, per layer [slots + 1, kv_heads, 2, head_dim], all zero."""
+        """KV memory for `slots` tokens and a spare one for padding, per layer [slots + 1, kv_heads, 2, head_dim].
+
+        Only the spare is written now: memory that no token has needed yet is promised by the system, not taken.
+        """
         shape = (slots + 1, self.kv_heads, 2, self.head_dim)
-        return [torch.zeros(shape, dtype=self.dtype, device=self.embedding.device) for _ in self.layers]
+        memory = [torch.empty(shape, dtype=self.dtype, device=self.embedding.device) for _ in self.layers]
+        for layer in memory:
+            layer[slots] = 0
+        return memory
 
     def __call__(
         self, ids: Tensor, positions: Tensor, slots: Tensor, kv: Sequence[Tensor], plan: Attention, last: Tensor
