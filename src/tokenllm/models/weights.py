@@ -67,7 +67,7 @@ class SafetensorsFolder:
 
 
 class GgufFile:
-    """A Llama-architecture GGUF. Its q and k rows are interleaved for llama.cpp's rotary layout, ours come in halves."""
+    """A GGUF file. In the llama architecture q and k rows are interleaved for llama.cpp's rotary layout, here halved."""
 
     NAMES = (
         ("model.embed_tokens", "token_embd"),
@@ -87,7 +87,7 @@ class GgufFile:
 
     def __init__(self, file: Path, description: ModelDescription) -> None:
         self._file, self._gguf = file, read_gguf(file)
-        self._head_dim = description.head_dim
+        self._head_dim, self._interleaved = description.head_dim, description.interleaved_rope_weights
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         theirs = name
@@ -96,7 +96,7 @@ class GgufFile:
         if theirs not in self._gguf.tensors:
             raise CheckpointError(f"{self._file}: no tensor {theirs}")
         tensor = _of_shape(torch.from_numpy(self._gguf.dequantize(theirs)), shape, f"{self._file}: {theirs}")
-        if ".attn_q." in theirs or ".attn_k." in theirs:
+        if self._interleaved and (".attn_q." in theirs or ".attn_k." in theirs):
             return tensor.unflatten(0, (-1, self._head_dim // 2, 2)).transpose(1, 2).reshape(tensor.shape)
         return tensor
 
