@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,4 +72,7 @@ def _serve(namespace: dict[str, Any]) -> int:
     except SettingError as error:
         print(f"tokenllm: {error}", file=sys.stderr)
         return 2
-    return serve(config)
+    try:
+        return serve(config)
+    except KeyboardInterrupt:  # before the supervisor takes care of signals, while a model is downloaded
+        return 128 + signal.SIGINT

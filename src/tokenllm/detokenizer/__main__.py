@@ -10,11 +10,12 @@ from typing import NoReturn
 
 from tokenllm.checkpoint import CheckpointError
 from tokenllm.config import DetokenizerBirth
+from tokenllm.counters import Page
 from tokenllm.detokenizer.core import Detokenizer
 from tokenllm.detokenizer.outbox import Outbox
 from tokenllm.messages import Midway
 from tokenllm.process import die_with, read_birth
-from tokenllm.ring import Receiver, Sender
+from tokenllm.ring import Receiver, RingCorrupt, Sender
 from tokenllm.text.tokenizer import load_decoder
 
 RETRY_S = 0.002  # a ring has no bell for room: how soon to look again
@@ -28,7 +29,11 @@ def main() -> NoReturn:
     except CheckpointError as error:
         sys.exit(f"tokenllm: {error}")
     detokenizer = Detokenizer(decoder, len(birth.outboxes))
-    serve(Receiver(birth.inbox, Midway), detokenizer, [Outbox(Sender(fds)) for fds in birth.outboxes])
+    try:
+        serve(Receiver(birth.inbox, Midway), detokenizer, [Outbox(Sender(fds)) for fds in birth.outboxes])
+    except RingCorrupt:
+        Page(birth.page_fd).add("tokenllm_ring_corrupt_total")
+        raise
 
 
 def serve(inbox: Receiver[Midway], detokenizer: Detokenizer, outboxes: Sequence[Outbox]) -> NoReturn:

@@ -18,7 +18,7 @@ from tokenllm.checkpoint import CheckpointError
 from tokenllm.checkpoint.source import model_name, resolve
 from tokenllm.config import GatewayBirth, ServeConfig
 from tokenllm.control import ChannelClosed, Drain, Lost, ModelReady, Serving, ToSupervisor, channel, hear
-from tokenllm.counters import Page, create_page
+from tokenllm.counters import GAUGES, Page, create_page
 from tokenllm.supervisor import StartError
 from tokenllm.supervisor.child import Child, exit_code, told
 from tokenllm.supervisor.generation import SCHEDULER, Generation
@@ -58,9 +58,11 @@ class Supervisor:
         self._port = port
         self._scheduler_command = scheduler_command
         self._page_fds = tuple(create_page() for _ in range(3 + config.gateway_processes))
-        self._page = Page(self._page_fds[0])  # then the scheduler's, the detokenizer's and the gateways'
+        # ours, the scheduler's, the detokenizer's and the gateways'; they outlive processes: counters never go back
+        self._page, self._scheduler_page = Page(self._page_fds[0]), Page(self._page_fds[1])
         self._slots = [Slot(number, 3 + number) for number in range(config.gateway_processes)]
         self._generation: Generation | None = None
+        self._was_ready = False
         self._greeted = False
         self._drained_by: float | None = None
         self._exit_code: int | None = None
@@ -125,6 +127,8 @@ class Supervisor:
             gateway.tell(Lost(generation.number))
         codes = generation.end()
         self._generation = None
+        for gauge in GAUGES:  # what the dead scheduler said of itself is over
+            self._scheduler_page.set(gauge, 0)
         code = codes[generation.members.index(member)]
         if not generation.ready:
             raise StartError(f"the {member.name} {told(code)} before the model was ready", exit_code(code))
@@ -196,11 +200,12 @@ class Supervisor:
         if generation is None or generation.number != ready.generation:
             return
         gateway.ready_generation = ready.generation
-        generation.ready = True
+        generation.ready = self._was_ready = True
         everyone = len(self._slots) == sum(other.ready_generation > 0 for other in self._gateways())
         if everyone and not self._greeted:
             self._greeted = True
-            print(greeting(self._config, self._port.number, self._name, ready), flush=True)
+            with contextlib.suppress(OSError):
+                print(greeting(self._config, self._port.number, self._name, ready), flush=True)
 
     def _on_signal(self, signals: int) -> None:
         """The first one drains; a second one, or one while no model was ever ready, ends everything at once."""
@@ -208,7 +213,7 @@ class Supervisor:
         if self._drained_by is not None:
             say(f"{number.name} again: stopping at once")
             self._exit_code = 128 + number
-        elif not self._greeted:
+        elif not self._was_ready:
             say(f"{number.name}: stopping")
             self._exit_code = 0
         else:
