@@ -1,6 +1,8 @@
 """From a validated request to what the scheduler is asked."""
 
+import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenllm.checkpoint.description import SamplingDefaults
-from tokenllm.gateway.gateway import room, sampling
+from tokenllm.gateway.gateway import Gateway, room, sampling
 from tokenllm.gateway.reply import total_usage
 from tokenllm.messages import Finish
 from tokenllm_schemas.errors import ApiError
@@ -29,6 +31,19 @@ def test_the_clients_word_comes_first_then_the_models() -> None:
     assert sampling(body(top_k=-1), recommended, seed=1).top_k == 0
     usual = sampling(body(), SamplingDefaults(), seed=1)
     assert (usual.temperature, usual.top_p, usual.top_k) == (1, 1, 0)
+
+
+def test_no_prompt_waits_for_what_is_done_aside() -> None:
+    async def scenario() -> None:
+        gateway = Gateway(model=None, circuit=None, pages=(), max_queued_requests=0)  # type: ignore[arg-type]
+        over = threading.Event()
+        aside = [asyncio.create_task(gateway.aside(over.wait)) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert await asyncio.wait_for(gateway.off_loop(pow, 2, 3), 5) == 8
+        over.set()
+        assert await asyncio.gather(*aside) == [True] * 3
+
+    asyncio.run(scenario())
 
 
 @given(st.integers(-(2**63), 2**63 + 7))

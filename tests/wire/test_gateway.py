@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from fake_generation import MODEL_LEN, MODEL_NAME, GatewayUnderTest, events, eventually, words
 from hypothesis import given, settings
@@ -88,6 +89,20 @@ def test_others_do_not_notice(fresh: GatewayUnderTest) -> None:
     text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
     assert text == words(300)
     eventually(lambda: all_have_ended(gateway))
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_read_is_let_go(fresh: GatewayUnderTest) -> None:
+    process = psutil.Process(fresh.process.pid)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", fresh.port))
+        connection.sendall(chat_bytes(stream=True, n=8, logprobs=True, top_logprobs=20))
+        eventually(lambda: fresh.generation and len(fresh.generation.submits) == 8)
+        assert post(fresh, max_tokens=3).status_code == 200, "others do not wait for it"
+        its_port = connection.getsockname()[1]
+        eventually(lambda: its_port not in {one.raddr.port for one in process.net_connections() if one.raddr}, 75)
+    eventually(lambda: all_have_ended(fresh))
 
 
 @pytest.mark.parametrize("seed", range(3))

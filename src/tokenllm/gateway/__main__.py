@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from typing import Any
 
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
@@ -53,6 +54,7 @@ class Process:
 
     async def run(self) -> None:
         """Serve until drained. What goes wrong in any of the three tasks ends the process."""
+        asyncio.get_running_loop().set_exception_handler(_log_failure)
         _let_go_of_vanished_clients(self._birth.listen_fd)
         config = _http_config(self._birth.listen_fd)
         async with asyncio.TaskGroup() as group:
@@ -109,6 +111,12 @@ def _let_go_of_vanished_clients(listen_fd: int) -> None:
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALL_S * 1000))
     listening.detach()
+
+
+def _log_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """The HTTP server leaves some ends of connections to the loop: a client that vanished is no news."""
+    if not isinstance(context.get("exception"), OSError):
+        loop.default_exception_handler(context)
 
 
 def _http_config(listen_fd: int) -> Config:

@@ -95,16 +95,16 @@ async def tokenize(gateway: Gateway, request: Request) -> ASGIApp:
     body = await gateway.read(TokenizeRequest, request)
     model, limit = gateway.model, gateway.ready().max_model_len
     if body.messages is not None:
-        ids = await gateway.off_loop(model.chat_prompt, body.messages)
+        ids = await gateway.aside(model.chat_prompt, body.messages)
     else:
-        [ids] = await gateway.off_loop(model.text_prompts, [body.prompt or ""], "prompt", body.add_special_tokens)
+        [ids] = await gateway.aside(model.text_prompts, [body.prompt or ""], "prompt", body.add_special_tokens)
     return _json(Tokens(ids, len(ids), limit))
 
 
 async def detokenize(gateway: Gateway, request: Request) -> ASGIApp:
     body = await gateway.read(DetokenizeRequest, request)
     ids = gateway.model.known(body.tokens, "tokens")
-    return _json(Text(await gateway.off_loop(gateway.model.tokenizer.decode, ids, skip_special=False)))
+    return _json(Text(await gateway.aside(gateway.model.tokenizer.decode, ids, skip_special=False)))
 
 
 async def models(gateway: Gateway, request: Request) -> ASGIApp:

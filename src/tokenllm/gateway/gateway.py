@@ -35,13 +35,20 @@ class Gateway:
     circuit: Circuit
     pages: Sequence[Page]
     max_queued_requests: int
-    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "tokenize"))
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "prompts"))
+    spare_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "spare"))
 
     async def off_loop(
         self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
         """Run what takes long in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: work(*args, **kwargs))
+
+    async def aside(
+        self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """Run what may take seconds, and what no completion has to wait for."""
+        return await asyncio.get_running_loop().run_in_executor(self.spare_thread, lambda: work(*args, **kwargs))
 
     async def read(self, kind: type[Body], request: Request) -> Body:
         """The request in a body that is asked of the model served here."""
