@@ -93,6 +93,7 @@ def test_streams_of_a_dead_generation_end_with_an_error_and_a_new_one_serves(hou
     house.members(role)[0].kill()
     stream.join(2)
     assert not stream.is_alive(), "the stream ends at once"
+    eventually("no request runs", lambda: house.metrics()["tokenllm_requests_running"] == 0, within_s=2)
     assert '"error"' in "".join(stream.lines[-2:])
     assert not any('"finish_reason":"' in line for line in stream.lines)
     eventually("a new one", lambda: len(house.family()) == 4 and not any(old in house.family() for old in members))
@@ -178,6 +179,14 @@ def test_a_generation_that_was_never_ready_ends_the_server(start: Start) -> None
     house.members("scheduler")[0].kill()
     assert house.wait(5) == 128 + signal.SIGKILL
     assert "the scheduler was killed by SIGKILL before the model was ready" in house.log
+    assert not house.family()
+
+
+def test_a_gateway_that_never_serves_ends_the_server(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "broken.jinja").write_text("{% for %}")
+    house = start(chat_template=str(tmp_path / "broken.jinja"))
+    assert house.wait(30) == 1
+    assert "gateway 0 ended with exit code 1 before it served, twice in a row" in house.log
     assert not house.family()
 
 

@@ -100,7 +100,7 @@ class Supervisor:
         return {
             **{member.pidfd: partial(self._on_generation_death, member) for member in members},
             **{gateway.pidfd: partial(self._on_gateway_death, slot, gateway) for slot, gateway in gateways},
-            **{gateway.control.fileno(): partial(self._on_word, gateway) for _, gateway in gateways},
+            **{gateway.control.fileno(): partial(self._on_word, gateway) for _, gateway in gateways if gateway.speaks},
         }
 
     def _patience_ms(self) -> float | None:
@@ -186,7 +186,7 @@ class Supervisor:
         except BlockingIOError:
             return False
         except ChannelClosed:
-            gateway.kill()  # deaf and dumb, if it is not dead already
+            gateway.speaks = False  # it is about to end, and its own exit code says why
             return False
         match message:
             case Serving():

@@ -20,6 +20,7 @@ class Gateway(Child):
     def __init__(self, birth: GatewayBirth, control: socket.socket) -> None:
         self.control = control
         self.control.setblocking(False)
+        self.speaks = True
         self.serving = False
         self.ready_generation = 0
         super().__init__(f"gateway {birth.slot}", GATEWAY, birth, (birth.listen_fd, birth.control_fd, *birth.page_fds))
