@@ -67,7 +67,7 @@ class SafetensorsFolder:
 
 
 class GgufFile:
-    """A GGUF file. In the llama architecture q and k rows are interleaved for llama.cpp's rotary layout, here halved."""
+    """A GGUF file. Of the llama architecture q and k rows are interleaved for rotary pairs, ours come in halves."""
 
     NAMES = (
         ("model.embed_tokens", "token_embd"),
