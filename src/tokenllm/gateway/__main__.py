@@ -10,6 +10,7 @@ from typing import Any
 from hypercorn.asyncio import serve
 from hypercorn.config import Config
 
+from tokenllm.checkpoint import CheckpointError
 from tokenllm.config import GatewayBirth, accepted_keys
 from tokenllm.control import Attach, ChannelClosed, Drain, Lost, ModelReady, Packet, Serving, ToGateway, hear, tell
 from tokenllm.counters import Page
@@ -36,6 +37,8 @@ def main() -> None:
         asyncio.run(Process(birth).run())
     except* ChannelClosed:
         sys.exit("gateway: the supervisor is gone")
+    except* CheckpointError as errors:
+        sys.exit(f"tokenllm: {errors.exceptions[0]}")
 
 
 class Process:
