@@ -118,7 +118,9 @@ def sentence_piece(prepend_scheme: str) -> tokenizers.Tokenizer:
     tokenizer.train_from_iterator(lines, trainer)
     content = json.loads(tokenizer.to_str())  # the trainer takes the bytes for control tokens, which they are not
     content["added_tokens"] = content["added_tokens"][: 1 + len(CONTROL)]
-    return tokenizers.Tokenizer.from_str(json.dumps(content))
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in WORDS])
+    return tokenizer
 
 
 KINDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {

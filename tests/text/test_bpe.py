@@ -82,11 +82,11 @@ def test_endless_white_space_is_refused_and_long_is_not(pattern: str) -> None:
         encoder.encode(f"a{long} b", True)
 
 
-@pytest.mark.timeout(20)  # seconds if linear, hours if not
+@pytest.mark.timeout(10)  # seconds if linear, hours if not
 @pytest.mark.parametrize("pattern", [SMOLLM, LLAMA3], ids=["smollm", "llama3"])
-@pytest.mark.parametrize("unit", ["a", "!", " " * 50_000 + "x", "ab", "1", "\r\n", "'", "é"])
+@pytest.mark.parametrize("unit", ["a", "!", " " * 99_990 + "x", "ab", "1", "\r\n", "'", "é"])
 def test_long_runs_take_linear_time(pattern: str, unit: str) -> None:
-    text = unit * ((LONGEST_WHITE_SPACE if unit.isspace() else 400_000) // len(unit) - 1)
+    text = unit * ((LONGEST_WHITE_SPACE if unit.isspace() else 500_000) // len(unit) - 1)
     vocabulary = {char: at for at, char in enumerate(BYTES)} | {"aa": 256, "aaaa": 257, "!!": 258}
     bpe = ByteLevelBpe(vocabulary, [("a", "a"), ("aa", "aa"), ("!", "!")], pattern)
     TiktokenEncoder(bpe).encode(text, True)

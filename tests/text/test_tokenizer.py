@@ -172,6 +172,8 @@ def test_stripping_tokens_swallow_white_space(tmp_path: Path, folder_of, kinds) 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
+        ({"model": {}}, r"model\.vocab is missing"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a"]}}, ""),
         ({"decoder": {"type": "WordPiece"}}, "decoder .*WordPiece.* is not supported"),
         ({"added_tokens": [{"id": "x"}]}, "added_tokens: "),
         ({"added_tokens": [{"id": 1, "content": "x", "single_word": True}]}, "single_word is not supported"),

@@ -1,4 +1,4 @@
-"""What a model's files say about its tokens: tokenizer.json of a Hugging Face folder, or a GGUF file's metadata.
+"""What a model's files say about its tokens, in the form of a Hugging Face tokenizer.json.
 
 A byte-level BPE whose parts are all recognised is encoded by tiktoken; anything else by the `tokenizers` library.
 """
@@ -14,26 +14,21 @@ import tokenizers
 
 from tokenllm.checkpoint import CheckpointError
 from tokenllm.checkpoint.description import read_json
-from tokenllm.checkpoint.gguf import Gguf, read_gguf
+from tokenllm.checkpoint.gguf import read_gguf
 from tokenllm.text.bpe import (
     BYTES,
     GPT2,
-    LLAMA3,
     PATTERNS,
-    QWEN2,
     SMOLLM,
     ByteLevelBpe,
     Encoder,
     LibraryEncoder,
     TiktokenEncoder,
     is_exact,
-    library_tokenizer,
     to_bytes,
 )
+from tokenllm.text.gguf_vocabulary import SPACE, tokenizer_json
 
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
-GGUF_PATTERNS = {"smollm": SMOLLM, "llama-bpe": LLAMA3, "qwen2": QWEN2, "gpt-2": GPT2}
-SPACE = "▁"  # how SentencePiece vocabularies write a space
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -59,44 +54,15 @@ class Vocabulary(msgspec.Struct, frozen=True):
 
 
 def load_vocabulary(path: Path) -> Vocabulary:
-    return _of_gguf(read_gguf(path)) if path.suffix == ".gguf" else _of_folder(path / "tokenizer.json")
+    if path.suffix == ".gguf":
+        return vocabulary_of(tokenizer_json(read_gguf(path)), path)
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(f"{path}: holds no tokenizer.json")
+    return vocabulary_of(read_json(file), file)
 
 
-def _of_gguf(gguf: Gguf) -> Vocabulary:
-    kind, pre = (gguf.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if kind != "gpt2" or pre not in GGUF_PATTERNS:
-        raise CheckpointError(
-            f"{gguf.path}: tokenizer.ggml.model {kind!r} with pre-tokenizer {pre!r} is not supported, "
-            f"only 'gpt2' with {', '.join(GGUF_PATTERNS)}; serve the model's Hugging Face folder instead"
-        )
-    tokens, types, merges = (_gguf_list(gguf, key) for key in ("tokens", "token_type", "merges"))
-    typed = list(enumerate(zip(tokens, types, strict=True)))
-    added = tuple(
-        AddedToken(id_, token, special=type_ == CONTROL)
-        for id_, (token, type_) in typed
-        if type_ in (CONTROL, USER_DEFINED)
-    )
-    ordinary = {token: id_ for id_, (token, type_) in typed if type_ == NORMAL}
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    bpe = ByteLevelBpe(ordinary, pairs, GGUF_PATTERNS[pre], ignore_merges=pre == "llama-bpe")
-
-    def make_encoder() -> Encoder:
-        return TiktokenEncoder(bpe) if is_exact(bpe) else LibraryEncoder(library_tokenizer(bpe))
-
-    adds_bos = gguf.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")
-    return Vocabulary(make_encoder, _byte_level_pieces(ordinary) | _literals(added), added, adds_bos)
-
-
-def _gguf_list(gguf: Gguf, key: str) -> list[Any]:
-    if not isinstance(found := gguf.metadata.get(f"tokenizer.ggml.{key}"), list):
-        raise CheckpointError(f"{gguf.path}: tokenizer.ggml.{key} is missing")
-    return found
-
-
-def _of_folder(path: Path) -> Vocabulary:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent}: holds no tokenizer.json")
-    content = read_json(path)
+def vocabulary_of(content: dict[str, Any], path: Path) -> Vocabulary:
     try:
         added = tuple(msgspec.convert(content.get("added_tokens", []), list[AddedToken]))
     except msgspec.ValidationError as error:
@@ -104,7 +70,7 @@ def _of_folder(path: Path) -> Vocabulary:
     if single := [token.content for token in added if token.single_word]:
         raise CheckpointError(f"{path}: added_tokens {single}: single_word is not supported")
     literals = _literals(added)
-    ordinary = {token: id_ for token, id_ in _numbered(content["model"]["vocab"]) if id_ not in literals}
+    ordinary = {token: id_ for token, id_ in _numbered_tokens(content, path) if id_ not in literals}
     decoded, leading_space = _decoded_pieces(content.get("decoder"), ordinary, path)
     adds_bos = _adds_bos(content.get("post_processor"))
 
@@ -119,11 +85,14 @@ def _literals(added: tuple[AddedToken, ...]) -> dict[int, bytes]:
     return {token.id: token.content.encode() for token in added}
 
 
-def _numbered(vocabulary: Any) -> Iterable[tuple[str, int]]:
-    """Tokens and ids; Unigram models list pairs of token and score instead."""
-    if isinstance(vocabulary, dict):
-        return vocabulary.items()
-    return ((token, id_) for id_, (token, _) in enumerate(vocabulary))
+def _numbered_tokens(content: dict[str, Any], path: Path) -> Iterable[tuple[str, int]]:
+    """Unigram models list pairs of token and score, the others map tokens to ids."""
+    match content:
+        case {"model": {"vocab": dict(ids)}}:
+            return ids.items()
+        case {"model": {"vocab": list(pairs)}}:
+            return ((token, id_) for id_, (token, _) in enumerate(pairs))
+    raise CheckpointError(f"{path}: model.vocab is missing")
 
 
 def _recognised(content: dict[str, Any], ordinary: dict[str, int]) -> ByteLevelBpe | None:
@@ -135,8 +104,11 @@ def _recognised(content: dict[str, Any], ordinary: dict[str, int]) -> ByteLevelB
         return None
     if any(model.get(key) for key in unusual) or (model.get("unk_token") and BYTES.keys() - ordinary.keys()):
         return None
-    merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    pairs = [(left, right) for left, right in merges]
+    pairs: list[Any] = [
+        tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model.get("merges", ())
+    ]
+    if any(len(pair) != 2 for pair in pairs):
+        return None
     return ByteLevelBpe(ordinary, pairs, pattern, normalizer is not None, model.get("ignore_merges", False))
 
 
@@ -160,7 +132,7 @@ def _pattern(pre_tokenizer: Any) -> str | None:
 
 def _library(content: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(content))
+        return tokenizers.Tokenizer.from_str(json.dumps(content | {"post_processor": None}))
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{path}: {error}") from error
 
