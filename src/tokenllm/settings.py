@@ -6,7 +6,6 @@ table in config.py and nothing else.
 
 import ipaddress
 import json
-import math
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -98,17 +97,11 @@ def to_config(given: Mapping[str, Given]) -> ServeConfig:
 
 def _typed(field: Field, given: Given) -> Any:
     try:
-        value = msgspec.convert(given.value, _TYPES[field.name], strict=False)
+        return msgspec.convert(given.value, _TYPES[field.name], strict=False)
     except msgspec.ValidationError as error:
-        raise _refusal(field, given) from error
-    if isinstance(value, float) and not math.isfinite(value):  # NaN passes every bound
-        raise _refusal(field, given)
-    return value
-
-
-def _refusal(field: Field, given: Given) -> SettingError:
-    value = "***" if field.secret else repr(given.value)
-    return SettingError(f"{field.name} must be {_expected(field.kind)}, but {given.source} says {value}")
+        value = "***" if field.secret else repr(given.value)
+        text = f"{field.name} must be {_expected(field.kind)}, but {given.source} says {value}"
+        raise SettingError(text) from error
 
 
 def _expected(kind: inspect.Type) -> str:
