@@ -119,9 +119,10 @@ def test_metadata_and_places(write_gguf: Callable[..., Path]) -> None:
 
 def test_every_truncation_is_refused(make_gguf: Callable[..., bytes], tmp_path: Path) -> None:
     whole = make_gguf(METADATA, [("first", (32,), 3, bytes(20)), ("last", (4,), 0, bytes(16))])
+    words_only = make_gguf({"words": ["one", "two"]}, []).rstrip(b"\0")
     path = tmp_path / "cut.gguf"
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
+    for cut in [whole[:length] for length in range(len(whole))] + [words_only[:end] for end in range(len(words_only))]:
+        path.write_bytes(cut)
         with pytest.raises(CheckpointError, match=r"cut\.gguf: "):
             read_gguf(path)
     path.write_bytes(whole[:-1])

