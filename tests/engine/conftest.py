@@ -17,7 +17,7 @@ from tokenllm.models.weights import Precision, load_decoder, open_weights
 from tokenllm.scheduler.request import Request
 
 CPU = torch.device("cpu")
-SLOTS, ROWS, CONTEXT = 8192, 24, 1024
+SLOTS, ROWS, CONTEXT = 8192, 32, 1024
 
 
 class Driver:
@@ -41,7 +41,9 @@ class Driver:
                 continue
             pieces = [r.next_piece(self.slots.take(min(chunk, r.prompt_left) or 1)) for r in joined]
             sampling = [r for r, piece in zip(joined, pieces, strict=True) if piece.samples]
-            for request, sampled in zip(sampling, self.runner.collect(self.runner.launch(Plan(tuple(pieces)))), strict=True):
+            for request, sampled in zip(
+                sampling, self.runner.collect(self.runner.launch(Plan(tuple(pieces)))), strict=True
+            ):
                 told[id(request)].append(sampled)
             for request in sampling:
                 if not request.wants_step:
@@ -54,7 +56,7 @@ def submit(ids: Sequence[int], max_tokens: int, **sampling: float) -> Submit:
     return Submit(0, np.asarray(ids, dtype="<i4").tobytes(), max_tokens, rule, ignore_eos=True)
 
 
-@pytest.fixture(name="submit")
+@pytest.fixture(name="submit", scope="session")
 def submit_fixture() -> Callable[..., Submit]:
     return submit
 

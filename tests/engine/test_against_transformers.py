@@ -12,13 +12,14 @@ import torch
 REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "smollm2_reference.json").read_text())["refs"]
 PROMPTS = {
     "one token": [1],
-    "code": "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n\nprint(fib(".encode(),
+    "code": b"def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n\nprint(fib(",
     "unicode": "Der Müller mahlt das Korn 🌾 und 日本語も少し: ".encode(),
     "white space": b"   \n\n\t\t  \n      x",
     "random ids": np.random.default_rng(5).integers(3, 49152, 70).tolist(),
     "long": np.random.default_rng(6).integers(3, 49152, 700).tolist(),
     "repetition": [253, 1066] * 60,
 }
+SAMPLED = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "seed": 12345}
 
 
 def ids_of(prompt: Any) -> list[int]:
@@ -44,14 +45,33 @@ def crowd(submit: Callable[..., Any]) -> list[tuple[int, Any]]:
     ]
 
 
-@pytest.mark.parametrize("crowded", [False, True], ids=["alone", "with 16 others"])
+@pytest.fixture(scope="session")
+def mine(submit: Callable[..., Any]) -> dict[str, Any]:
+    """What is asked here: the reference's prompts, ours, and one that samples."""
+    cases = {f"case {i}": submit(ref["prompt_ids"], len(ref["output_ids"])) for i, ref in enumerate(REFERENCE)}
+    prompts = {name: submit(ids_of(prompt), 24) for name, prompt in PROMPTS.items()}
+    return cases | prompts | {"sampled": submit(ids_of(PROMPTS["code"]), 20, **SAMPLED)}
+
+
+@pytest.fixture(scope="session")
+def in_a_crowd(driver: Any, mine: dict[str, Any], submit: Callable[..., Any]) -> dict[str, list[Any]]:
+    """What each said while all others and sixteen strangers came and went in the same batch."""
+    told = driver.run([(i % 5, one) for i, one in enumerate(mine.values())] + crowd(submit))
+    assert driver.slots.held == 0
+    return dict(zip(mine, told, strict=False))
+
+
+@pytest.fixture(params=["alone", "in a crowd"])
+def say(request: pytest.FixtureRequest, driver: Any, mine: dict[str, Any]) -> Callable[[str], list[Any]]:
+    if request.param == "alone":
+        return lambda name: driver.run([(0, mine[name])], chunk=64)[0]
+    return request.getfixturevalue("in_a_crowd").__getitem__
+
+
 @pytest.mark.parametrize("case", range(len(REFERENCE)))
-def test_reference_cases(driver: Any, submit: Callable[..., Any], case: int, crowded: bool) -> None:
-    reference = REFERENCE[case]
-    expected, top = reference["output_ids"], reference["top5"]
-    mine = (2 if crowded else 0, submit(reference["prompt_ids"], len(expected)))
-    told = driver.run([mine, *(crowd(submit) if crowded else [])])[0]
-    for step, sampled in enumerate(told):
+def test_reference_cases(driver: Any, say: Callable[[str], list[Any]], case: int) -> None:
+    expected, top = REFERENCE[case]["output_ids"], REFERENCE[case]["top5"]
+    for step, sampled in enumerate(say(f"case {case}")):
         if top[step][0][1] - top[step][1][1] < driver.margin:
             return
         assert sampled.token == expected[step], f"step {step}"
@@ -59,14 +79,9 @@ def test_reference_cases(driver: Any, submit: Callable[..., Any], case: int, cro
         assert sampled.top[0][0] == expected[step]
 
 
-@pytest.mark.parametrize("crowded", [False, True], ids=["alone", "with 16 others"])
 @pytest.mark.parametrize("name", PROMPTS)
-def test_prompts_of_any_kind(
-    driver: Any, oracle: torch.nn.Module, submit: Callable[..., Any], name: str, crowded: bool
-) -> None:
-    prompt = ids_of(PROMPTS[name])
-    mine = (3 if crowded else 0, submit(prompt, 24))
-    told = driver.run([mine, *(crowd(submit) if crowded else [])], chunk=64)[0]
+def test_prompts_of_any_kind(driver: Any, oracle: torch.nn.Module, say: Callable[[str], list[Any]], name: str) -> None:
+    prompt, told = ids_of(PROMPTS[name]), say(name)
     tokens = [sampled.token for sampled in told]
     with torch.inference_mode():
         logits = oracle(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
@@ -78,17 +93,11 @@ def test_prompts_of_any_kind(
         assert sampled.logprob == pytest.approx(float(best.values[0]), abs=driver.tolerance), f"step {step}"
 
 
-def test_the_same_seed_gives_the_same_tokens_in_any_company(driver: Any, submit: Callable[..., Any]) -> None:
-    prompt, rule = ids_of(PROMPTS["code"]), {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "seed": 12345}
-    mine = submit(prompt, 20, **rule)
-    alone = [sampled.token for sampled in driver.run([(0, mine)])[0]]
-    crowded = [sampled.token for sampled in driver.run([(1, mine), *crowd(submit)])[0]]
-    other = [sampled.token for sampled in driver.run([(0, submit(prompt, 20, **rule | {"seed": 54321}))])[0]]
+def test_the_same_seed_gives_the_same_tokens_in_any_company(
+    driver: Any, mine: dict[str, Any], in_a_crowd: dict[str, list[Any]], submit: Callable[..., Any]
+) -> None:
+    alone = [sampled.token for sampled in driver.run([(0, mine["sampled"])])[0]]
+    other = submit(ids_of(PROMPTS["code"]), 20, **SAMPLED | {"seed": 54321})
+    assert alone != [sampled.token for sampled in driver.run([(0, other)])[0]]
     if driver.margin < 0.01:  # half weights round: a draw may fall on the other side of a boundary
-        assert alone == crowded
-    assert alone != other
-
-
-def test_all_slots_come_back(driver: Any, submit: Callable[..., Any]) -> None:
-    driver.run(crowd(submit))
-    assert driver.slots.held == 0
+        assert alone == [sampled.token for sampled in in_a_crowd["sampled"]]

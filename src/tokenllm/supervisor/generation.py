@@ -15,8 +15,8 @@ from tokenllm.supervisor.child import Child
 
 SCHEDULER = (sys.executable, "-m", "tokenllm.scheduler")
 # OpenMP's threads wait for each other by spinning. On a CPU that others use too, the one waited for does not run while
-# the other spins, and a step takes fifty times as long: wait a moment, then sleep
-SCHEDULER_ENVIRONMENT = {"GOMP_SPINCOUNT": "2000"}
+# the other spins, and a step takes up to fifty times as long: sleep instead
+SCHEDULER_ENVIRONMENT = {"GOMP_SPINCOUNT": "0"}
 DETOKENIZER = (sys.executable, "-m", "tokenllm.detokenizer")
 
 
