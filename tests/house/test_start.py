@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,7 +61,7 @@ class Stream(threading.Thread):
 @pytest.fixture(scope="module")
 def house(start_once: Start) -> House:
     """One server for all tests that do not end it."""
-    return start_once(SLOW_STEPS, gateway_processes=2).wait_greeted()
+    return start_once({**SLOW_STEPS, "FAKE_LOAD_S": "0.5"}, gateway_processes=2).wait_greeted()
 
 
 def test_the_sdk_streams_and_completes(house: House) -> None:
@@ -93,7 +94,9 @@ def test_streams_of_a_dead_generation_end_with_an_error_and_a_new_one_serves(hou
     house.members(role)[0].kill()
     stream.join(2)
     assert not stream.is_alive(), "the stream ends at once"
-    eventually("no request runs", lambda: house.metrics()["tokenllm_requests_running"] == 0, within_s=2)
+    eventually(
+        "no memory while a new one loads", lambda: house.metrics()["tokenllm_kv_tokens_capacity"] == 0, within_s=2
+    )
     assert '"error"' in "".join(stream.lines[-2:])
     assert not any('"finish_reason":"' in line for line in stream.lines)
     eventually("a new one", lambda: len(house.family()) == 4 and not any(old in house.family() for old in members))
@@ -106,6 +109,7 @@ def test_streams_of_a_dead_generation_end_with_an_error_and_a_new_one_serves(hou
 def test_a_dead_gateway_takes_only_its_own_streams_along(house: House) -> None:
     alone = Stream(house.url, max_tokens=100)
     alone.join()
+    generated = house.metrics()["tokenllm_generation_tokens_total"]
     streams = [Stream(house.url, max_tokens=100) for _ in range(16)]
     for stream in streams:
         stream.begun()
@@ -117,7 +121,10 @@ def test_a_dead_gateway_takes_only_its_own_streams_along(house: House) -> None:
     assert 0 < len(lost) < 16, "the kernel spreads connections over both gateways"
     assert all(stream.text == alone.text for stream in streams if not stream.lost)
     eventually("a successor", lambda: len(house.members("gateway")) == 2)
-    eventually("the tokens of its streams", lambda: house.metrics()["tokenllm_kv_tokens_active"] == 0, within_s=5)
+    eventually("no tokens are held", lambda: house.metrics()["tokenllm_kv_tokens_active"] == 0, within_s=5)
+    generated = house.metrics()["tokenllm_generation_tokens_total"] - generated
+    assert generated < 16 * 100, "nobody generates for the dead"
+    house.wait_ready()
     assert house.members("scheduler") + house.members("detokenizer") == old["scheduler"] + old["detokenizer"]
     assert old["gateway"][1] in house.members("gateway")
 
@@ -150,6 +157,15 @@ def test_the_end_of_a_drain_ends_what_still_runs(start: Start) -> None:
     stream.join(5)
     assert '"error"' in "".join(stream.lines[-2:])
     assert house.wait(5) == 0
+    assert not house.family()
+
+
+@pytest.mark.slow
+def test_a_gateway_that_hangs_does_not_hold_up_the_end(start: Start) -> None:
+    house = start(drain_s=0).wait_greeted()
+    house.members("gateway")[0].suspend()
+    house.signal(signal.SIGTERM)
+    assert house.wait(8) == 0
     assert not house.family()
 
 
@@ -222,6 +238,22 @@ def test_a_model_that_is_not_there_is_named() -> None:
     ended = tokenllm("no/such/model.gguf")
     assert (ended.returncode, ended.stdout) == (1, "")
     assert "no/such/model.gguf" in ended.stderr
+
+
+def test_a_folder_without_weights_is_named(tiny_model: Path) -> None:
+    ended = tokenllm(str(tiny_model))
+    assert ended.returncode == 1
+    assert f"{tiny_model}: holds no weights" in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_truncated_safetensors_file_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (folder / "model.safetensors").write_bytes((1000).to_bytes(8, "little") + b'{"lm_head.weight":')
+    ended = tokenllm(str(folder))
+    assert ended.returncode == 1
+    assert str(folder / "model.safetensors") in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_no_start_on_a_reachable_address_without_a_key() -> None:
