@@ -137,6 +137,23 @@ def test_a_second_server_on_the_same_port_leaves_the_first_alone(house: House, s
         assert httpx.post(house.url + "/v1/completions", json=body()).status_code == 200
 
 
+def test_a_gateway_that_does_not_read_delays_nobody_else_and_misses_nothing(start: Start) -> None:
+    fast = {"FAKE_STEP_S": "0.003"}
+    house = start(fast, gateway_processes=2, ring_bytes=1 << 16, max_total_tokens=1 << 15).wait_greeted()
+    streams = [Stream(house.url, max_tokens=1000) for _ in range(16)]
+    for stream in streams:
+        stream.begun()
+    stopped = house.members("gateway")[0]
+    stopped.suspend()
+    eventually("the other gateway's streams end", lambda: any(not stream.is_alive() for stream in streams))
+    assert any(stream.is_alive() for stream in streams), "some belong to the one that was stopped"
+    stopped.resume()  # by now its ring was full for long: its streams' deltas take twice as much room
+    for stream in streams:
+        stream.join(10)
+    assert len({stream.text for stream in streams}) == 1
+    assert all(stream.lines[-1] == "data: [DONE]" for stream in streams)
+
+
 def test_a_drain_lets_streams_finish_and_takes_no_new_ones(start: Start) -> None:
     house = start(SLOW_STEPS, drain_s=20).wait_greeted()
     stream = Stream(house.url, max_tokens=150).begun()
