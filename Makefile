@@ -20,6 +20,8 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install -c constraints.tx
 TOKENLLM = $(PIP) --no-build-isolation -e
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# On a CPU that others use too, OpenMP's spinning threads keep each other from working: tests take many times as long.
+export GOMP_SPINCOUNT ?= 2000
 
 .PHONY: help serve test test-slow check load bench-cpu bench-ring lock clean
 .DELETE_ON_ERROR:
