@@ -215,6 +215,26 @@ def test_a_generation_that_was_never_ready_ends_the_server(start: Start) -> None
     assert not house.family()
 
 
+def test_a_generation_that_was_ready_a_moment_ago_is_replaced(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    house = start({"FAKE_LOAD_S": "1"}, port=port)
+    eventually("all processes", lambda: len(house.family()) == 3)
+    house.ps.suspend()  # so that it hears of the readiness and of the death at once
+    eventually("readiness", lambda: ready(port))
+    house.members("scheduler")[0].kill()
+    house.ps.resume()
+    house.wait_greeted()
+    assert house.metrics()["tokenllm_restarts_total"] == 1
+
+
+def ready(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def test_a_gateway_that_never_serves_ends_the_server(start: Start, tmp_path: Path) -> None:
     (tmp_path / "broken.jinja").write_text("{% for %}")
     house = start(chat_template=str(tmp_path / "broken.jinja"))

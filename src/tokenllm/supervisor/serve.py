@@ -17,7 +17,7 @@ from pathlib import Path
 from tokenllm.checkpoint import CheckpointError
 from tokenllm.checkpoint.source import model_name, resolve
 from tokenllm.config import GatewayBirth, ServeConfig
-from tokenllm.control import ChannelClosed, Drain, Lost, ModelReady, Serving, ToSupervisor, channel, hear
+from tokenllm.control import Drain, Lost, ModelReady, Serving, channel
 from tokenllm.counters import GAUGES, Page, create_page
 from tokenllm.supervisor import StartError
 from tokenllm.supervisor.child import Child, exit_code, told
@@ -29,6 +29,7 @@ from tokenllm.supervisor.slot import Gateway, Slot
 RETRY_S = 0.05  # how soon to look again whether a full ring has room
 GRACE_S = 5.0  # for a gateway to end what is left after that, and to exit
 STILLBORN_LIMIT = 2
+GATEWAY_PAGES = 3  # where they begin
 
 
 def serve(config: ServeConfig, scheduler_command: Sequence[str] = SCHEDULER) -> int:
@@ -57,10 +58,10 @@ class Supervisor:
         self._name = name
         self._port = port
         self._scheduler_command = scheduler_command
-        self._page_fds = tuple(create_page() for _ in range(3 + config.gateway_processes))
         # ours, the scheduler's, the detokenizer's and the gateways'; they outlive processes: counters never go back
+        self._page_fds = tuple(create_page() for _ in range(GATEWAY_PAGES + config.gateway_processes))
         self._page, self._scheduler_page = Page(self._page_fds[0]), Page(self._page_fds[1])
-        self._slots = [Slot(number, 3 + number) for number in range(config.gateway_processes)]
+        self._slots = [Slot(number) for number in range(config.gateway_processes)]
         self._generation: Generation | None = None
         self._was_ready = False
         self._greeted = False
@@ -100,7 +101,7 @@ class Supervisor:
         return {
             **{member.pidfd: partial(self._on_generation_death, member) for member in members},
             **{gateway.pidfd: partial(self._on_gateway_death, slot, gateway) for slot, gateway in gateways},
-            **{gateway.control.fileno(): partial(self._on_word, gateway) for _, gateway in gateways if gateway.speaks},
+            **{gateway.control.fileno(): partial(self._on_words, gateway) for _, gateway in gateways if gateway.speaks},
         }
 
     def _patience_ms(self) -> float | None:
@@ -125,6 +126,8 @@ class Supervisor:
         assert generation is not None, "a generation that is watched lives"
         for gateway in self._gateways():  # before anything that takes time: their streams wait for a last word
             gateway.tell(Lost(generation.number))
+        for gateway in self._gateways():
+            self._on_words(gateway)  # one may say that this generation was ready
         codes = generation.end()
         self._generation = None
         for gauge in GAUGES:  # what the dead scheduler said of itself is over
@@ -162,13 +165,12 @@ class Supervisor:
                 listen_fd=self._port.sockets[slot.number].fileno(),
                 control_fd=theirs.fileno(),
                 page_fds=self._page_fds,
-                own_page=slot.page,
+                own_page=GATEWAY_PAGES + slot.number,
             )
             return Gateway(birth, ours)
 
     def _on_gateway_death(self, slot: Slot, gateway: Gateway) -> None:
-        while self._on_word(gateway):  # what it said before it died
-            pass
+        self._on_words(gateway)  # what it said before it died
         code = gateway.bury()
         slot.gateway = None
         if self._drained_by is not None:
@@ -179,21 +181,13 @@ class Supervisor:
         say(f"{gateway.name} (pid {gateway.pid}) {told(code)}: replacing it")
         self._page.add("tokenllm_restarts_total")
 
-    def _on_word(self, gateway: Gateway) -> bool:
-        """Hear one message of a gateway; False if there was none."""
-        try:
-            message = hear(gateway.control, ToSupervisor).message
-        except BlockingIOError:
-            return False
-        except ChannelClosed:
-            gateway.speaks = False  # it is about to end, and its own exit code says why
-            return False
-        match message:
-            case Serving():
-                gateway.serving = True
-            case ModelReady():
-                self._on_ready(gateway, message)
-        return True
+    def _on_words(self, gateway: Gateway) -> None:
+        for message in gateway.words():
+            match message:
+                case Serving():
+                    gateway.serving = True
+                case ModelReady():
+                    self._on_ready(gateway, message)
 
     def _on_ready(self, gateway: Gateway, ready: ModelReady) -> None:
         generation = self._generation

@@ -1,11 +1,11 @@
-"""The place of one gateway: its listening socket, its page and its rings outlive the process that uses them."""
+"""The place of one gateway, and the process that holds it for now: its port, page and rings outlive the process."""
 
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tokenllm.config import GatewayBirth
-from tokenllm.control import Attach, ChannelClosed, ControlMessage, tell
+from tokenllm.control import Attach, ChannelClosed, ControlMessage, ToSupervisor, hear, tell
 from tokenllm.messages import GatewayLost, Inbound
 from tokenllm.ring import RingFull, Sender
 from tokenllm.supervisor.child import Child
@@ -32,6 +32,16 @@ class Gateway(Child):
         except (ChannelClosed, BlockingIOError):
             self.kill()
 
+    def words(self) -> Iterator[ControlMessage]:
+        """Everything it has said and nobody has heard."""
+        while self.speaks:
+            try:
+                yield hear(self.control, ToSupervisor).message
+            except BlockingIOError:
+                return
+            except ChannelClosed:
+                self.speaks = False  # it is about to end, and its exit code will say why
+
     def attach(self, generation: Generation, slot: int) -> None:
         self.tell(Attach(generation.number), generation.rings.gateways[slot].fds)
 
@@ -41,9 +51,8 @@ class Gateway(Child):
 
 
 class Slot:
-    def __init__(self, number: int, page: int) -> None:
+    def __init__(self, number: int) -> None:
         self.number = number
-        self.page = page  # an index
         self.incarnation = 0
         self.stillborn = 0  # incarnations in a row that died before they served
         self.gateway: Gateway | None = None
