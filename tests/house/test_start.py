@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from openai import OpenAI
 
@@ -219,18 +220,23 @@ def test_a_generation_that_was_ready_a_moment_ago_is_replaced(start: Start) -> N
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     house = start({"FAKE_LOAD_S": "1"}, port=port)
-    eventually("all processes", lambda: len(house.family()) == 3)
+    eventually("the scheduler", lambda: house.members("scheduler"))
+    scheduler = house.members("scheduler")[0]
+    scheduler.suspend()
+    eventually("the gateway", lambda: healthy(port, "live"))
     house.ps.suspend()  # so that it hears of the readiness and of the death at once
-    eventually("readiness", lambda: ready(port))
-    house.members("scheduler")[0].kill()
+    scheduler.resume()
+    eventually("readiness", lambda: healthy(port, "ready"))
+    scheduler.kill()
+    eventually("its death", lambda: scheduler.status() == psutil.STATUS_ZOMBIE)
     house.ps.resume()
     house.wait_greeted()
     assert house.metrics()["tokenllm_restarts_total"] == 1
 
 
-def ready(port: int) -> bool:
+def healthy(port: int, what: str) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 200
+        return httpx.get(f"http://127.0.0.1:{port}/health/{what}").status_code == 200
     except httpx.TransportError:
         return False
 
