@@ -41,12 +41,17 @@ def prepare_linear(weight: Tensor, bias: Tensor | None = None, *, half_weights: 
     if weight.is_cuda or weight.dtype != torch.float32:
         return Linear("plain", weight, bias, out_features)
     if half_weights and "fbgemm" in torch.backends.quantized.supported_engines:
-        if weight.abs().max() > torch.finfo(torch.float16).max:
-            raise ValueError("weights beyond the range of float16: serve them with --dtype float32")
-        return Linear("half", torch.ops.quantized.linear_prepack_fp16(weight, bias), None, out_features)
+        return Linear("half", torch.ops.quantized.linear_prepack_fp16(in_half_range(weight), bias), None, out_features)
     if torch.backends.mkldnn.is_available():
         return Linear("packed", torch.ops.mkldnn._reorder_linear_weight(weight, 8), bias, out_features)
     return Linear("plain", weight, bias, out_features)
+
+
+def in_half_range(weight: Tensor) -> Tensor:
+    """The weight itself; a ValueError when float16 cannot hold it."""
+    if weight.abs().max() > torch.finfo(torch.float16).max:
+        raise ValueError("weights beyond the range of float16: serve them with --dtype float32")
+    return weight
 
 
 def linear(x: Tensor, w: Linear) -> Tensor:
@@ -252,6 +257,9 @@ def _attend_chunk(q: Tensor, kv: Tensor, chunk: _Chunk) -> Tensor:
 
 # ---- sampling ----
 
+SMALLEST_TEMPERATURE = 1e-30  # float32 takes anything less for zero
+LIKELY = 1024  # tokens that nearly always hold the nucleus; sorting the whole vocabulary costs more than a small model
+
 
 @dataclass(frozen=True)
 class LogitsRule:
@@ -290,22 +298,31 @@ def _sample_row(logits: Tensor, rule: LogitsRule, position: int, counts: Tensor 
         logits = logits - rule.frequency_penalty * counts - rule.presence_penalty * (counts > 0)
     if rule.temperature == 0:
         return logits.argmax()
-    logits = logits / rule.temperature
-    if 0 < rule.top_k < logits.numel():
-        logits = logits.masked_fill(logits < logits.topk(rule.top_k).values[-1], -math.inf)
-    p = logits.double().softmax(-1)
-    if rule.top_p < 1:
-        p = p * _nucleus(p, rule.top_p)
-    upto = p.cumsum(-1)
-    drawn = torch.searchsorted(upto, upto[-1] * philox_uniform(rule.seed, position), right=True)
-    return drawn.clamp(max=int(p.nonzero()[-1]))  # rounding must not reach past the last token that may be drawn
+    # from the highest down: however small the temperature, the likeliest stays finite
+    p, ids = _candidates((logits - logits.max()) / max(rule.temperature, SMALLEST_TEMPERATURE), rule)
+    upto = p.cumsum(-1, dtype=torch.float64)
+    total = float(upto[-1])
+    # a product that rounds up to the total would point past the last token
+    drawn = torch.searchsorted(
+        upto, min(total * philox_uniform(rule.seed, position), math.nextafter(total, 0)), right=True
+    )
+    return drawn if ids is None else ids[drawn]
 
 
-def _nucleus(p: Tensor, top_p: float) -> Tensor:
-    """The smallest set of likeliest tokens whose mass reaches top_p, as a mask (Holtzman et al., 2019)."""
-    ordered, at = p.sort(descending=True)
-    before = ordered.cumsum(-1) - ordered
-    return torch.zeros_like(p, dtype=torch.bool).scatter_(0, at, before < top_p)
+def _candidates(logits: Tensor, rule: LogitsRule) -> tuple[Tensor, Tensor | None]:
+    """What may be drawn: probabilities (not normalised again after top-p) and ids, None when it is the vocabulary."""
+    vocab = logits.numel()
+    if 0 < rule.top_k < vocab:
+        values, ids = logits.topk(rule.top_k)
+        p = values.softmax(-1)
+    elif rule.top_p < 1:
+        p, ids = logits.softmax(-1).topk(min(LIKELY, vocab))
+        if p.sum() < rule.top_p:  # a flat distribution: all of it has to be sorted
+            p, ids = logits.softmax(-1).sort(descending=True)
+    else:
+        return logits.softmax(-1), None
+    before = p.cumsum(-1) - p
+    return p * (before < rule.top_p), ids  # the nucleus: the fewest whose mass reaches top_p (Holtzman et al., 2019)
 
 
 def philox_uniform(seed: int, position: int) -> float:

@@ -143,3 +143,8 @@ def test_help_tells_defaults_and_variables(capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     for field in settings.TABLE.values():
         assert field.variable in text
+
+
+def test_rings_hold_a_step_of_the_whole_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--ring-bytes", "65536", "--max-running-requests", "65"]) == 2
+    assert "ring_bytes must be at least 66560" in capsys.readouterr().err

@@ -52,14 +52,36 @@ def streamed(client: openai.OpenAI, text: str, tokens: int = 64, **more: Any) ->
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
-@pytest.mark.parametrize("reference", REFERENCE, ids=lambda reference: reference["prompt"][:20])
-def test_says_what_transformers_says(house: House, client: openai.OpenAI, reference: dict[str, Any]) -> None:
+@pytest.fixture(params=["alone", "while 16 others run"])
+def company(request: pytest.FixtureRequest, house: House, client: openai.OpenAI) -> Iterator[None]:
+    """Others that run for as long as the test does."""
+    others = [
+        greedy(client, f"Tell me story {number}.", 1000, stream=True, extra_body={"ignore_eos": True})
+        for number in range(16 if request.param != "alone" else 0)
+    ]
+    eventually("all run", lambda: house.metrics()["tokenllm_requests_running"] == len(others), 20)
+    yield
+    still_running = house.metrics()["tokenllm_requests_running"]
+    for other in others:
+        other.close()
+    assert still_running == len(others)
+    eventually("all have left", lambda: house.metrics()["tokenllm_requests_running"] == 0, 5)
+
+
+@pytest.mark.usefixtures("company")
+@pytest.mark.parametrize("reference", [0, 2, 3])
+def test_says_what_transformers_says(house: House, client: openai.OpenAI, reference: int) -> None:
+    check_against(REFERENCE[reference], house, client)
+
+
+def check_against(reference: dict[str, Any], house: House, client: openai.OpenAI) -> None:
     margin, tolerance = house.precision  # type: ignore[attr-defined]
     answer = greedy(client, reference["prompt"], len(reference["output_ids"]), logprobs=True, top_logprobs=2)
     assert answer.usage.prompt_tokens == len(reference["prompt_ids"])
     told = answer.choices[0].logprobs.content
     near_ties = [step for step, top in enumerate(reference["top5"]) if top[0][1] - top[1][1] < margin]
     certain = min([*near_ties, len(reference["output_ids"])])
+    assert certain > 7, "too little to compare"
     for step in range(certain):
         assert told[step].logprob == pytest.approx(reference["top5"][step][0][1], abs=tolerance), f"step {step}"
     if certain == len(reference["output_ids"]):

@@ -147,7 +147,7 @@ def test_philox_known_answers() -> None:
 
 def test_philox_is_uniform() -> None:
     drawn = torch.tensor([philox_uniform(seed, position) for seed in range(40) for position in range(100)])
-    assert 0 <= drawn.min() and drawn.max() < 1
+    assert drawn.min() >= 0 and drawn.max() < 1
     expected = torch.full((10,), 400.0)
     chi_square = ((drawn.histc(10, 0, 1) - expected) ** 2 / expected).sum()
     assert chi_square < 27.9  # one in a thousand for nine degrees of freedom
@@ -200,7 +200,9 @@ def test_a_row_that_is_not_a_number_is_told() -> None:
     logits = torch.zeros(3, 10)
     logits[0, 4] = math.nan
     logits[2] = -math.inf
-    assert sample(logits, [LogitsRule(0, 0.0), LogitsRule(0, 0.0), LogitsRule(0, 1.0)], [0] * 3, [None] * 3).tolist() == [
+    assert sample(
+        logits, [LogitsRule(0, 0.0), LogitsRule(0, 0.0), LogitsRule(0, 1.0)], [0] * 3, [None] * 3
+    ).tolist() == [
         -1,
         0,
         -1,
@@ -214,3 +216,16 @@ def test_top_logprobs_are_the_raw_models() -> None:
     assert error_ratio(chosen, expected[[0, 1], [3, 4]]) < 1e-6
     assert error_ratio(values, expected.sort(descending=True).values[:, :5]) < 1e-6
     assert torch.equal(ids[:, 0], logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-38, 1e-40, 1e-300])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.randn(300)
+    assert draw(logits, LogitsRule(3, temperature)) == logits.argmax()
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+def test_a_flat_distribution_has_a_large_nucleus(top_p: float) -> None:
+    """More likely tokens than are looked at first."""
+    drawn = {draw(torch.zeros(5000), LogitsRule(seed, 1.0, top_p)) for seed in range(300)}
+    assert 200 < len(drawn) <= 300

@@ -92,7 +92,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.unwanted: set[int] = set()
 
     @rule(
-        prompt=st.lists(st.integers(2, VOCAB - 1), min_size=1, max_size=50),
+        prompt=st.lists(st.integers(2, VOCAB - 1), max_size=50),
         max_tokens=st.integers(1, 90),
         gateway=st.integers(0, 2),
         ignore_eos=st.booleans(),
@@ -190,10 +190,20 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
 
 
 def test_a_full_queue_refuses_by_requests_and_by_tokens() -> None:
-    books = scheduler()
-    assert [type(books.accept(request(uid, prompt=10))[0]) for uid in range(3)] == [Begin, Begin, Refused]
-    books = scheduler(max_queued_requests=9)
-    assert [type(books.accept(request(uid, prompt=20))[0]) for uid in range(2)] == [Begin, Refused]
+    books = scheduler()  # two rows, a queue of two
+    assert [type(books.accept(request(uid, prompt=10))[0]) for uid in range(5)] == [Begin] * 4 + [Refused]
+    books = scheduler(max_queued_requests=9)  # 30 tokens may wait
+    assert [type(books.accept(request(uid, prompt=20))[0]) for uid in range(4)] == [Begin] * 3 + [Refused]
+
+
+def test_without_a_queue_what_can_start_is_taken() -> None:
+    books = scheduler(max_queued_requests=0)
+    assert [type(books.accept(request(uid))[0]) for uid in range(3)] == [Begin, Begin, Refused]
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    (answer,) = scheduler().accept(request(1, prompt=0))
+    assert answer == Refused(1, 400, "invalid_value", "the prompt is empty")
 
 
 def test_a_long_prompt_does_not_hold_up_running_streams() -> None:

@@ -34,11 +34,11 @@ def start_engine(config: ServeConfig, path: Path, track: Track[int]) -> Engine:
     torch.set_num_threads(usable_cores())
     description = describe(path)
     device = _device(config)
-    precision = _precision(config, description)
+    precision = _precision(config)
     context = _context(config, description)
     source = open_weights(path, description, device, dummy=config.load_format == "dummy", dtype=precision.activations)
     decoder = load_decoder(source, description, precision, device, context, track)
-    kv_tokens = config.max_total_tokens or _measured_kv_tokens(decoder, config.max_running_requests * context)
+    kv_tokens = _kv_tokens(decoder, config.max_total_tokens, config.max_running_requests * context)
     context = min(context, kv_tokens)
     runner = Runner(decoder, kv_tokens, config.max_running_requests, context)
     _warm_up(runner, min(context, config.prefill_chunk_tokens))
@@ -59,7 +59,7 @@ def _device(config: ServeConfig) -> torch.device:
     return torch.device("cpu")
 
 
-def _precision(config: ServeConfig, description: ModelDescription) -> Precision:
+def _precision(config: ServeConfig) -> Precision:
     if config.dtype == "auto":
         return Precision(torch.float32, half_weights=True)
     return Precision(getattr(torch, config.dtype))
@@ -75,12 +75,16 @@ def _context(config: ServeConfig, description: ModelDescription) -> int:
     return config.max_model_len or longest
 
 
-def _measured_kv_tokens(decoder: Decoder, useful: int) -> int:
-    """As many tokens as fit, but no more than could ever be used."""
-    room = int(available_bytes() * KV_SHARE_OF_MEMORY) // decoder.kv_bytes_per_token
-    if room < 1:
-        raise MemoryError(f"no memory for KV: one token takes {decoder.kv_bytes_per_token} bytes")
-    return min(room, useful)
+def _kv_tokens(decoder: Decoder, wanted: int, useful: int) -> int:
+    """The tokens of KV memory that were asked for; else as many as fit, but no more than could ever be used."""
+    per_token, available = decoder.kv_bytes_per_token, available_bytes()
+    if wanted * per_token > available:
+        needed = f"KV memory for {wanted} tokens takes {wanted * per_token} bytes"
+        raise MemoryError(f"max_total_tokens: {needed}, {available} are available")
+    measured = int(available * KV_SHARE_OF_MEMORY) // per_token
+    if measured < 1:
+        raise MemoryError(f"no memory for KV: one token takes {per_token} bytes, {available} are available")
+    return wanted or min(measured, useful)
 
 
 def _warm_up(runner: Runner, tokens: int) -> None:

@@ -3,7 +3,6 @@
 A source answers one question, the tensor of a name; how the tensors make a decoder is said once, in `load_decoder`.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tokenllm.checkpoint import CheckpointError
-from tokenllm.checkpoint.description import ModelDescription
+from tokenllm.checkpoint.description import ModelDescription, read_json
 from tokenllm.checkpoint.gguf import read_gguf
 from tokenllm.models.decoder import Decoder, Layer
 from tokenllm.models.families import Family, family_of
-from tokenllm_kernels import Linear, prepare_linear, rope_table
+from tokenllm_kernels import Linear, in_half_range, prepare_linear, rope_table
 
 T = TypeVar("T")
 Track = Callable[[Iterable[T]], Iterable[T]]  # shows progress over what it passes on
@@ -45,7 +44,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path, device: torch.device) -> None:
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            names = json.loads(index.read_text())["weight_map"]
+            names = read_json(index).get("weight_map", {})
         else:
             names = dict.fromkeys(self._open(folder / "model.safetensors", device).keys(), "model.safetensors")
         self._folder, self._file_of = folder, names
@@ -147,7 +146,7 @@ def load_decoder(
     else:
         head = build.linear([family.head], [d.vocab_size], d.hidden_size)
     return Decoder(
-        embedding=embedding.half() if precision.half_weights else embedding,
+        embedding=in_half_range(embedding).half() if precision.half_weights else embedding,
         layers=tuple(build.layer(i) for i in track(range(d.layers))),
         norm=build.tensor(f"{family.norm}.weight", d.hidden_size),
         head=head,

@@ -8,7 +8,7 @@ from tokenllm.counters import Page
 from tokenllm.engine.batch import Plan
 from tokenllm.engine.runner import Flight, Runner
 from tokenllm.messages import Begin, GatewayLost, Inbound, Midway, Ready
-from tokenllm.ring import Receiver, RingFull, Sender, wait_for_any
+from tokenllm.ring import Receiver, RingCorrupt, RingFull, Sender, wait_for_any
 from tokenllm.scheduler.request import Request
 from tokenllm.scheduler.scheduler import Scheduler
 
@@ -36,23 +36,30 @@ class Loop:
         while True:
             self._receive()
             planned = self._scheduler.plan()
+            self._publish()
             if planned:
                 self._launch(*planned)
             if len(self._flights) > self._runner.ahead or (self._flights and not planned):
                 self._collect()
-            self._publish()
             if not planned and not self._flights:
                 wait_for_any(self._inboxes, timeout_s=None)
 
     def _receive(self) -> None:
-        for inbox in self._inboxes:
-            for message in inbox.receive():
-                for answer in self._scheduler.accept(message):
-                    send_when_room(self._outbox, answer)
-                    if isinstance(answer, Begin):
-                        self._page.add("tokenllm_prompt_tokens_total", answer.prompt_tokens)
-                if isinstance(message, GatewayLost):
-                    send_when_room(self._outbox, self._ready)  # for its successor, who may not have heard it
+        try:
+            for inbox in self._inboxes:
+                for message in inbox.receive():
+                    self._accept(message)
+        except RingCorrupt:
+            self._page.add("tokenllm_ring_corrupt_total")
+            raise
+
+    def _accept(self, message: Inbound) -> None:
+        for answer in self._scheduler.accept(message):
+            send_when_room(self._outbox, answer)
+            if isinstance(answer, Begin):
+                self._page.add("tokenllm_prompt_tokens_total", answer.prompt_tokens)
+        if isinstance(message, GatewayLost):
+            send_when_room(self._outbox, self._ready)  # for its successor, who may not have heard it
 
     def _launch(self, plan: Plan, sampling: tuple[Request, ...]) -> None:
         began = time.monotonic()

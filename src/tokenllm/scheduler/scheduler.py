@@ -71,18 +71,19 @@ class Scheduler:
         self._requests[submit.uid] = request
         self.waiting.append(request)
         self.waiting_tokens += len(request.prompt)
+        self._admit()
         return Begin(submit.uid, len(request.prompt), submit.stop)
 
     def _refusal(self, submit: Submit, request: Request) -> Refused | None:
         most, capacity = request.demand.most, self.slots.capacity
-        max_requests, max_tokens = self._max_queued
         if most > capacity:
             word = f"prompt and max_tokens need {most} tokens of KV memory, the server has {capacity}"
             return Refused(submit.uid, 400, "context_length_exceeded", word)
         if submit.adapter or submit.media:
             return Refused(submit.uid, 400, "unsupported_parameter", "adapters and media are not served")
-        too_long = self.waiting_tokens + len(request.prompt) > max_tokens
-        if len(self.waiting) >= max_requests or (self.waiting and too_long):
+        if not len(request.prompt):
+            return Refused(submit.uid, 400, "invalid_value", "the prompt is empty")
+        if not self._may_start(request) and not self._may_wait(request):
             word = f"the queue is full: {len(self.waiting)} requests with {self.waiting_tokens} prompt tokens wait"
             return Refused(submit.uid, 429, "queue_full", word)
         return None
@@ -118,13 +119,21 @@ class Scheduler:
         pieces = tuple(request.next_piece(self.slots.take(tokens)) for request, tokens in shares)
         return Plan(pieces), tuple(r for (r, _), piece in zip(shares, pieces, strict=True) if piece.samples)
 
+    def _may_start(self, request: Request) -> bool:
+        """Whether there is a row and, by the policy, memory for it."""
+        running = (other.demand for other in self.running)
+        return bool(self._free_rows) and self.policy.admits(request.demand, running)
+
+    def _may_wait(self, request: Request) -> bool:
+        """Whether the queue takes one more; a prompt of any length may stand in an empty one."""
+        max_requests, max_tokens = self._max_queued
+        short = not self.waiting or self.waiting_tokens + len(request.prompt) <= max_tokens
+        return len(self.waiting) < max_requests and short
+
     def _admit(self) -> None:
         """First come, first served, as long as rows and the policy allow."""
-        while self.waiting and self._free_rows:
-            request = self.waiting[0]
-            if not self.policy.admits(request.demand, (other.demand for other in self.running)):
-                return
-            self.waiting.popleft()
+        while self.waiting and self._may_start(self.waiting[0]):
+            request = self.waiting.popleft()
             self.waiting_tokens -= len(request.prompt)
             request.start(self._free_rows.pop())
             self.running.append(request)

@@ -9,7 +9,6 @@ from types import MappingProxyType
 
 import msgspec
 
-REAP_S = 5.0
 NOTHING_ELSE: Mapping[str, str] = MappingProxyType({})
 
 
@@ -41,7 +40,7 @@ class Child:
 
     def reap(self) -> int:
         """Its exit code, negative for a signal. The child is dead or has been killed."""
-        code = self._process.wait(REAP_S)
+        code = self._process.wait()
         os.close(self.pidfd)
         return code
 
