@@ -38,15 +38,15 @@ def test_llama(tmp_path: Path) -> None:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    assert (found.tie_word_embeddings, found.qkv_bias, found.sliding_window) == (False, False, None)
-    assert (found.eos_ids, found.bos_id, found.torch_dtype) == ({128001, 128008, 128009}, 128000, "bfloat16")
+    assert (found.tie_word_embeddings, found.sliding_window) == (False, None)
+    assert (found.eos_ids, found.bos_id) == ({128001, 128008, 128009}, 128000)
     assert not found.interleaved_rope_weights
 
 
 def test_qwen3_has_heads_wider_than_its_share(tmp_path: Path) -> None:
     found = describe(folder(tmp_path, config=QWEN3))
     assert (found.head_dim, found.hidden_size // found.heads) == (128, 64)
-    assert (found.tie_word_embeddings, found.rope_scaling, found.qkv_bias) == (True, None, False)
+    assert (found.tie_word_embeddings, found.rope_scaling) == (True, None)
     assert describe(folder(tmp_path, config=without(QWEN3, "head_dim"))).head_dim == 128
 
 
@@ -99,7 +99,6 @@ def test_windows(tmp_path: Path) -> None:
     assert window(model_type="mistral") == 4096
     assert window(model_type="qwen2", sliding_window=512) is None
     assert window(model_type="qwen2", sliding_window=512, use_sliding_window=True) == 512
-    assert describe(folder(tmp_path, config=without(LLAMA, model_type="qwen2"))).qkv_bias
 
 
 REQUIRED = [
@@ -139,6 +138,8 @@ def test_a_strange_value_is_understood_or_refused_by_file(tmp_path: Path, key: s
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"mlp_bias": True}, "mlp_bias True is not supported"),
+        ({"attention_bias": True}, "attention_bias True is not supported"),
+        ({"attention_bias": True, "model_type": "qwen2"}, "attention_bias True is not supported"),
         ({"quantization_config": {}}, "quantization_config: quantized"),
         ({"num_hidden_layers": "12"}, "num_hidden_layers is '12', expected an integer"),
         ({"vocab_size": True}, "vocab_size is True, expected an integer"),
@@ -201,3 +202,5 @@ def test_gguf_of_another_kind(write_gguf: Callable[..., Path]) -> None:
         describe(write_gguf(SMALL | {"general.architecture": "gpt2"}, []))
     with pytest.raises(CheckpointError, match=r"rope\.scaling\.type 'yarn' is not supported"):
         describe(write_gguf(SMALL | {"llama.rope.scaling.type": "yarn"}, []))
+    with pytest.raises(CheckpointError, match=r"small\.gguf: blk\.0\.attn_q\.bias"):
+        describe(write_gguf(SMALL, [("blk.0.attn_q.bias", (1,), 0, bytes(4))]))

@@ -40,11 +40,9 @@ class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
     rope_scaling: dict[str, Any] | None  # "rope_type" and its numbers; type "factors" divides each frequency
     max_position_embeddings: int
     tie_word_embeddings: bool
-    qkv_bias: bool
     sliding_window: int | None
     eos_ids: frozenset[int]  # whatever config, generation_config or tokenizer call an end
     bos_id: int | None
-    torch_dtype: str  # of the weights as stored; quantized GGUF weights fit float16
     sampling: SamplingDefaults = SamplingDefaults()
     # GGUF files of the llama architecture pair rotary dimensions (0, 1), (2, 3), …; Hugging Face halves them
     interleaved_rope_weights: bool = False
@@ -119,6 +117,7 @@ def _of_folder(folder: Path) -> ModelDescription:
     config.expect("model_type", *ARCHITECTURES)
     config.expect("hidden_act", "silu")
     config.expect("mlp_bias", False)
+    config.expect("attention_bias", False)  # one of the output projection too: Qwen2 has its biases without this key
     if "quantization_config" in config.values:
         raise CheckpointError(f"{path}: quantization_config: quantized Hugging Face weights are not supported")
     architecture = config.values.get("model_type")
@@ -141,11 +140,9 @@ def _of_folder(folder: Path) -> ModelDescription:
         rope_scaling=scaling,
         max_position_embeddings=config.integer("max_position_embeddings"),
         tie_word_embeddings=config.flag("tie_word_embeddings", False),
-        qkv_bias=architecture == "qwen2" or config.flag("attention_bias", False),
         sliding_window=_sliding_window(config, architecture),
         eos_ids=config.ids("eos_token_id") | generation.ids("eos_token_id") | _tokenizer_ids(folder, "eos_token"),
         bos_id=min(config.ids("bos_token_id") or _tokenizer_ids(folder, "bos_token"), default=None),
-        torch_dtype=config.values.get("dtype") or config.values.get("torch_dtype") or "float32",
         sampling=_sampling(generation),
     )
 
@@ -190,6 +187,8 @@ def _sampling(generation: _Entries) -> SamplingDefaults:
 def _of_gguf(gguf: Gguf) -> ModelDescription:
     entries = _Entries(gguf.path, gguf.metadata)
     entries.expect("general.architecture", "llama")
+    if "blk.0.attn_q.bias" in gguf.tensors:
+        raise CheckpointError(f"{gguf.path}: blk.0.attn_q.bias: attention with biases is not supported")
     heads = entries.integer("llama.attention.head_count")
     width = entries.integer("llama.embedding_length")
     rotary = entries.integer("llama.rope.dimension_count", width // heads)
@@ -207,11 +206,9 @@ def _of_gguf(gguf: Gguf) -> ModelDescription:
         rope_scaling=_gguf_rope_scaling(gguf, entries),
         max_position_embeddings=entries.integer("llama.context_length"),
         tie_word_embeddings="output.weight" not in gguf.tensors,
-        qkv_bias="blk.0.attn_q.bias" in gguf.tensors,
         sliding_window=None,
         eos_ids=entries.ids(*(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))),
         bos_id=min(entries.ids("tokenizer.ggml.bos_token_id"), default=None),
-        torch_dtype="float16",
         interleaved_rope_weights=True,
     )
 
