@@ -81,6 +81,28 @@ def test_sentence_piece(sentence_piece, texts, data: st.DataObject) -> None:
     assert ours.decode(ids) == pair.theirs.decode(ids)
 
 
+@pytest.fixture(scope="module")
+def treacherous() -> tuple[Tokenizer, list[int]]:
+    """Control tokens whose parts are ordinary tokens, a control token of one letter, and bytes that are missing."""
+    ordinary = ["▁", "<", "s", ">", "/", "a", "<s", "s>", "▁a", "/s", "</", "<0", "x0", "A>", "<0x0", "0", "x", "A"]
+    kinds = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL, "§": CONTROL}
+    kinds |= {f"<0x{byte:02X}>": BYTE for byte in range(128)} | dict.fromkeys(ordinary, NORMAL)
+    scores = [-float(len(token)) for token in kinds]
+    file = gguf(model="llama", tokens=list(kinds), token_type=list(kinds.values()), scores=scores)
+    return loaded(file), list(kinds.values())
+
+
+@given(text=st.text("<s>/a§ 0xA", max_size=12) | st.text(max_size=3))
+def test_plain_text_holds_no_control_token(treacherous: tuple[Tokenizer, list[int]], text: str) -> None:
+    tokenizer, types = treacherous
+    ids = tokenizer.encode(text)
+    assert not {types[id_] for id_ in ids} & {CONTROL, UNKNOWN}
+    if text.isascii():
+        assert tokenizer.decode(ids) == text
+    if set(text) <= set("<s>/a 0xA"):
+        assert BYTE not in {types[id_] for id_ in ids}, "nor a byte for its literal"
+
+
 def test_what_begins_a_prompt(pairs) -> None:
     theirs = pairs["gpt2"].theirs
     begins = {pre: loaded(converted(theirs, model="gpt2", pre=pre)).adds_bos for pre in ("llama-bpe", "gpt-2")}

@@ -6,7 +6,7 @@ from tokenllm.checkpoint import CheckpointError
 from tokenllm.checkpoint.gguf import Gguf
 from tokenllm.text.bpe import GPT2, LLAMA3, QWEN2, SMOLLM
 
-UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5  # tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 ADDED = (UNKNOWN, CONTROL, USER_DEFINED)
 PATTERNS = {"smollm": SMOLLM, "llama-bpe": LLAMA3, "qwen2": QWEN2, "gpt-2": GPT2}  # by tokenizer.ggml.pre
 SPACE = "▁"  # how SentencePiece writes a space
@@ -42,7 +42,7 @@ def _common(gguf: Gguf, begins: bool) -> Json:
 def _byte_level(gguf: Gguf, pre: str) -> Json:
     split = {"type": "Split", "pattern": {"Regex": PATTERNS[pre]}, "behavior": "Isolated", "invert": False}
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = {"type": "BPE", "vocab": _vocabulary(gguf), "merges": _list(gguf, "merges")}
+    model = {"type": "BPE", "vocab": _vocabulary(gguf, NORMAL, *ADDED), "merges": _list(gguf, "merges")}
     return {
         "model": model | {"ignore_merges": pre == "llama-bpe"},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]},
@@ -51,20 +51,22 @@ def _byte_level(gguf: Gguf, pre: str) -> Json:
 
 
 def _sentence_piece(gguf: Gguf) -> Json:
-    """Any two neighbours that form a token merge, the best score first."""
-    vocabulary, scores = _vocabulary(gguf), _list(gguf, "scores")
-    pairs = ((token[:cut], token[cut:]) for token in vocabulary for cut in range(1, len(token)))
+    """Any two neighbours that form a token merge, the best score first; what is no token falls back to its bytes.
+
+    Control tokens are left out, for text would become one wherever two tokens make up its literal.
+    """
+    words, scores = _vocabulary(gguf, NORMAL, USER_DEFINED), _list(gguf, "scores")
+    pairs = ((token[:cut], token[cut:]) for token in words for cut in range(1, len(token)))
     merges = sorted(
-        (pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary),
-        key=lambda pair: -scores[vocabulary[pair[0] + pair[1]]],
+        (pair for pair in pairs if pair[0] in words and pair[1] in words),
+        key=lambda pair: -scores[words[pair[0] + pair[1]]],
     )
-    unknown = next((token for token, type_ in _tokens(gguf) if type_ == UNKNOWN), None)
-    model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "unk_token": unknown}
+    model = {"type": "BPE", "vocab": words | _vocabulary(gguf, BYTE), "merges": merges}
     prefix = gguf.metadata.get("tokenizer.ggml.add_space_prefix", True)
     before = [{"type": "Prepend", "prepend": SPACE}] * prefix
     after = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix
     return {
-        "model": model | {"fuse_unk": True, "byte_fallback": True},
+        "model": model | {"byte_fallback": True},
         "normalizer": {"type": "Sequence", "normalizers": [*before, _replace(" ", SPACE)]},
         "decoder": {
             "type": "Sequence",
@@ -77,8 +79,8 @@ def _replace(old: str, new: str) -> Json:
     return {"type": "Replace", "pattern": {"String": old}, "content": new}
 
 
-def _vocabulary(gguf: Gguf) -> dict[str, int]:
-    return {token: id_ for id_, (token, type_) in enumerate(_tokens(gguf)) if type_ != UNUSED}
+def _vocabulary(gguf: Gguf, *types: int) -> dict[str, int]:
+    return {token: id_ for id_, (token, type_) in enumerate(_tokens(gguf)) if type_ in types}
 
 
 def _tokens(gguf: Gguf) -> list[tuple[str, int]]:
