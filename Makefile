@@ -31,7 +31,7 @@ help: ## this list
 	@echo "  variables: PORT=8000 MODEL=folder|file.gguf|org/name ARGS='more flags' PYTHON=/path TORCH_INDEX_URL=https://…"
 
 serve: $(VENV)/.serve ## install what is missing, then serve MODEL (default: the embedded one) on PORT
-	$(BIN)/tokenllm serve $(MODEL) --port $(PORT) $(ARGS)
+	$(BIN)/tokenllm serve $(strip $(MODEL) --port $(PORT) $(ARGS))
 
 test: check ## the checks, then every fast test
 	$(BIN)/python -m pytest -m "not slow"
