@@ -1,5 +1,7 @@
 """The law of streams: however ids arrive, what was shown is what they decode to, cut before the first stop string."""
 
+import tracemalloc
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,3 +150,13 @@ def test_long_stop_strings_are_quick(default_pair) -> None:
     ids = default_pair.ours.encode("a" * 4000)
     stream = TextStream(default_pair.ours, ("a" * 3999 + "b", "b" + "a" * 3999))
     assert "".join([stream.push([id_]) for id_ in ids]) + stream.finish() == "a" * 4000
+
+
+def test_a_stream_costs_no_more_for_its_stop_strings(default_pair) -> None:
+    stops = tuple(chr(ord("a") + i) * 1024 for i in range(16))
+    tracemalloc.start()
+    streams = [TextStream(default_pair.ours, stops) for _ in range(64)]
+    cost, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert cost < 1024 * len(streams)
+    assert streams[0].push(default_pair.ours.encode("ab")) == "a"

@@ -19,7 +19,7 @@ def token_text(decoder: Decoder, id_: int) -> tuple[str, bytes]:
 class TextStream:
     """The text of one completion. `stopped` once a stop string was found; `tokens_used` ids stand behind the text."""
 
-    __slots__ = ("_beginnings", "_held", "_leading_space", "_pending", "_pieces", "_stop", "stopped", "tokens_used")
+    __slots__ = ("_held", "_leading_space", "_pending", "_pieces", "_stop", "stopped", "tokens_used")
 
     def __init__(self, decoder: Decoder, stop: Iterable[str] = ()):
         self.stopped, self.tokens_used = False, 0
@@ -27,7 +27,6 @@ class TextStream:
         self._leading_space = decoder.leading_space  # still to be dropped
         self._pending = b""  # the beginning of a character
         self._stop = tuple(one for one in stop if one)
-        self._beginnings = _beginnings(self._stop)
         self._held = ""  # may be the beginning of a stop string
 
     def push(self, ids: Sequence[int]) -> str:
@@ -66,17 +65,17 @@ class TextStream:
         if found:
             self.stopped, self._pending = True, b""
             return text[: min(found)[1]]
-        for length, stop in self._beginnings.get(text[-1], ()):
-            if length <= len(text) and text.endswith(stop[:length]):
-                self._held = stop[:length]
-                return text[:-length]
-        return text
+        held = _held_from(text, self._stop)
+        self._held = text[held:]
+        return text[:held]
 
 
-def _beginnings(stops: Iterable[str]) -> dict[str, list[tuple[int, str]]]:
-    """By their last character, the beginnings of stop strings: lengths and whose, longest first."""
-    beginnings = [(length, stop) for stop in stops for length in range(1, len(stop))]
-    found: dict[str, list[tuple[int, str]]] = {}
-    for length, stop in sorted(beginnings, reverse=True):
-        found.setdefault(stop[length - 1], []).append((length, stop))
-    return found
+def _held_from(text: str, stops: Iterable[str]) -> int:
+    """Where the longest end of the text begins with which a stop string may begin: at its end, if none may."""
+    earliest = len(text)
+    for stop in stops:
+        at = text.find(stop[0], max(0, len(text) - len(stop) + 1), earliest)
+        while at >= 0 and not stop.startswith(text[at:]):
+            at = text.find(stop[0], at + 1, earliest)
+        earliest = at if at >= 0 else earliest
+    return earliest
