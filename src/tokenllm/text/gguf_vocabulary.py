@@ -6,7 +6,7 @@ from tokenllm.checkpoint import CheckpointError
 from tokenllm.checkpoint.gguf import Gguf
 from tokenllm.text.bpe import GPT2, LLAMA3, QWEN2, SMOLLM
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type; 5: unused
 ADDED = (UNKNOWN, CONTROL, USER_DEFINED)
 PATTERNS = {"smollm": SMOLLM, "llama-bpe": LLAMA3, "qwen2": QWEN2, "gpt-2": GPT2}  # by tokenizer.ggml.pre
 SPACE = "▁"  # how SentencePiece writes a space
