@@ -24,7 +24,7 @@ from tokenllm_schemas.errors import ApiError, invalid, unsupported
 
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 MAX_CHOICES_EACH = 8
-MAX_PROMPTS = 256
+MAX_CHOICES = MAX_PROMPTS = 128
 MAX_MESSAGES = 10_000
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 1024
 MAX_LOGPROBS = 20
@@ -222,6 +222,13 @@ class CompletionRequest(Generation):
     echo: Annotated[Any, only(False)] = None
     suffix: Annotated[Any, only("")] = None
     best_of: Annotated[Any, only(1)] = None
+
+    @model_validator(mode="after")
+    def _choices_are_limited(self) -> "CompletionRequest":
+        prompts, each = len(self.prompts()), self.choices_each()
+        if prompts * each > MAX_CHOICES:
+            raise invalid("n", f"{prompts} prompts with n {each} ask for more than {MAX_CHOICES} choices")
+        return self
 
     def token_limit(self) -> int | None:
         return self.max_tokens or USUAL_COMPLETION_TOKENS

@@ -155,6 +155,16 @@ def test_prompts_are_checked(prompt: object, param: str) -> None:
     assert refusal(text, prompt=prompt).param == param
 
 
+def test_a_request_has_a_limited_number_of_choices() -> None:
+    assert text(prompt=["a"] * 16, n=8).choices_each() == 8
+    assert len(text(prompt=["a"] * 128).prompts()) == 128
+    for fields in ({"prompt": ["a"] * 17, "n": 8}, {"prompt": [[1]] * 43, "n": 3}):
+        error = refusal(text, **fields)
+        assert (error.param, error.code) == ("n", "invalid_value")
+        assert f"{len(fields['prompt'])} prompts" in error.message and f"n {fields['n']}" in error.message
+    assert refusal(text, prompt=["a"] * 129).param == "prompt"
+
+
 @pytest.mark.parametrize("stop", ["", [""], ["a"] * 17, "x" * 1025, 5, [5], {"a": 1}])
 def test_stop_strings_are_checked(stop: object) -> None:
     assert str(refusal(chat, stop=stop).param).startswith("stop")
