@@ -1,7 +1,8 @@
 """What clients may ask: the bodies of the POST endpoints, with the range of every number.
 
 Fields unknown to this file are ignored. A field that would change the answer, but is not honoured yet, is declared
-with the values that ask for nothing; any other value is refused, since ignoring it would break a promise.
+with the values that ask for nothing; any other value is refused, since ignoring it would break a promise. `tools` is
+the exception: any are accepted, though the model is not shown them yet.
 """
 
 import reprlib
