@@ -64,6 +64,12 @@ def test_prompt_and_completion_fit_the_context(prompt_tokens: int, max_model_len
         assert granted == (wanted or granted) or prompt_tokens + granted == max_model_len
 
 
+def test_a_prompt_without_a_token_is_refused() -> None:
+    with pytest.raises(ApiError, match="messages: has no token the model knows") as caught:
+        room(0, 10, body())
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "invalid_value", "messages")
+
+
 def test_a_prompt_counts_once_however_many_choices_it_has() -> None:
     finishes = {index: Finish("stop", 10 + index // 2, index // 2, 3) for index in range(4)}  # 2 prompts, 2 choices
     usage = total_usage(finishes, choices_each=2)

@@ -290,6 +290,15 @@ def test_text_that_no_tokenizer_takes_is_the_clients_fault(gateway: GatewayUnder
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
 
 
+def test_text_without_a_token_is_refused(gateway: GatewayUnderTest) -> None:
+    for prompt in ("\x04", ["hello", "\x04"], [[5], []], []):
+        answer = post(gateway, "/v1/completions", prompt=prompt)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "invalid_value"), prompt
+        assert error["param"].startswith("prompt"), prompt
+    assert fetch("POST", gateway.url + "/tokenize", json={"prompt": "\x04"}).json()["tokens"] == []
+
+
 def test_a_body_that_never_ends_is_cut(gateway: GatewayUnderTest) -> None:
     head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 999999999\r\n\r\n"
     answer = raw(gateway, head)  # it does not wait for the body

@@ -108,6 +108,8 @@ class Gateway:
 
 def room(prompt_tokens: int, max_model_len: int, body: Generation) -> int:
     """How many tokens may be generated after a prompt."""
+    if not prompt_tokens:  # the vocabulary may lack some bytes
+        raise invalid(body.prompt_field, "has no token the model knows")
     left = max_model_len - prompt_tokens
     if left <= 0:
         message = f"{prompt_tokens} tokens are too many: the context of this model ends at {max_model_len}"
