@@ -3,16 +3,18 @@
 import asyncio
 import json
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_circuit import new_circuit
 
 from tokenllm.checkpoint.description import SamplingDefaults
 from tokenllm.gateway.gateway import Gateway, room, sampling
 from tokenllm.gateway.reply import total_usage
-from tokenllm.messages import Finish
+from tokenllm.messages import Finish, Ready
 from tokenllm_schemas.errors import ApiError
 from tokenllm_schemas.requests import ChatCompletionRequest, parse
 
@@ -68,6 +70,19 @@ def test_a_prompt_without_a_token_is_refused() -> None:
     with pytest.raises(ApiError, match="messages: has no token the model knows") as caught:
         room(0, 10, body())
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, "invalid_value", "messages")
+
+
+def test_a_seeded_prompt_says_the_same_in_any_batch() -> None:
+    def seeds(prompts: list[list[int]], **fields: Any) -> list[int]:
+        circuit, _ = new_circuit()
+        circuit.ready = Ready(1, 1000, 100)
+        model = SimpleNamespace(sampling=SamplingDefaults())
+        gateway = Gateway(model=model, circuit=circuit, pages=(), max_queued_requests=0)  # type: ignore[arg-type]
+        return [submit.sampling.seed for submit in gateway.submits(body(**fields), prompts, 0.0)]
+
+    assert seeds([[1], [2]], n=3, seed=7) == [7, 8, 9] * 2
+    unseeded = seeds([[1], [1]], n=2)
+    assert len({*unseeded}) == 4, "the same prompt twice is answered in two ways"
 
 
 def test_a_prompt_counts_once_however_many_choices_it_has() -> None:

@@ -91,7 +91,6 @@ class Gateway:
     def submits(self, body: Generation, prompts: Sequence[list[int]], arrived_s: float) -> list[Submit]:
         """One for each choice: those of the first prompt, then those of the second."""
         max_model_len = self.ready().max_model_len
-        seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
         return [
             Submit(
                 uid=self.circuit.next_uid(),
@@ -102,7 +101,9 @@ class Gateway:
                 ignore_eos=bool(body.ignore_eos),
                 arrived_s=arrived_s,
             )
-            for choice, prompt in enumerate(prompt for prompt in prompts for _ in range(body.choices_each()))
+            for prompt in prompts
+            for seed in [secrets.randbits(SEED_BITS) if body.seed is None else body.seed]
+            for choice in range(body.choices_each())
         ]
 
 
