@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_circuit import new_circuit
 
 from tokenllm.checkpoint.description import SamplingDefaults
+from tokenllm.gateway.circuit import Circuit
 from tokenllm.gateway.gateway import Gateway, room, sampling
 from tokenllm.gateway.reply import total_usage
 from tokenllm.messages import Finish, Ready
@@ -74,7 +74,7 @@ def test_a_prompt_without_a_token_is_refused() -> None:
 
 def test_a_seeded_prompt_says_the_same_in_any_batch() -> None:
     def seeds(prompts: list[list[int]], **fields: Any) -> list[int]:
-        circuit, _ = new_circuit()
+        circuit = Circuit(1, 7, page=None, on_ready=lambda ready: None)  # type: ignore[arg-type]
         circuit.ready = Ready(1, 1000, 100)
         model = SimpleNamespace(sampling=SamplingDefaults())
         gateway = Gateway(model=model, circuit=circuit, pages=(), max_queued_requests=0)  # type: ignore[arg-type]
