@@ -252,6 +252,42 @@ def test_a_prompt_that_no_ring_carries_is_the_clients_fault() -> None:
     in_loop(scenario())
 
 
+def test_a_finished_answer_survives_its_generation() -> None:
+    async def scenario() -> None:
+        circuit, page = new_circuit()
+        generation = Generation(1)
+        generation.attach(circuit)
+        finished_one, cut_one = circuit.submit(submits(circuit, 1)), circuit.submit(submits(circuit, 1))
+        generation.say(finished_one.uids[0], "all of it", "stop")
+        generation.say(cut_one.uids[0], "half")
+        circuit.lose(1)
+        assert [one.text for one in await whole(finished_one)] == ["all of it"]
+        assert [delta.text for _, delta in await cut_one.deltas(0)] == ["half"]
+        with pytest.raises(ApiError, match="died"):
+            await cut_one.deltas(0)
+        assert finished(page) == {"stop": 1, "error": 1}
+        assert circuit.ready is None
+
+    in_loop(scenario())
+
+
+def test_a_generation_that_leaves_a_corrupt_ring_is_lost_like_any_other() -> None:
+    async def scenario() -> None:
+        circuit, page = new_circuit()
+        generation = Generation(1)
+        generation.attach(circuit)
+        reply = circuit.submit(submits(circuit, 1))
+        generation.say(reply.uids[0], "x", "stop")
+        os.pwrite(generation.ring_c.memory, b"\xaa" * 4096, 128)  # where its frames begin
+        circuit.lose(1)
+        with pytest.raises(ApiError, match="died"):
+            await reply.deltas(0)
+        assert finished(page) == {"error": 1}
+        assert page.get("tokenllm_ring_corrupt_total") == 1
+
+    in_loop(scenario())
+
+
 ACTIONS = st.lists(
     st.tuples(
         st.sampled_from(["submit", "text", "last word", "refuse", "abandon", "obey", "stray", "lose", "cut", "turn"]),

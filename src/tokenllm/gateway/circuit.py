@@ -72,6 +72,8 @@ class Circuit:
         if self._rings is None or self._rings.generation != generation:
             return
         asyncio.get_running_loop().remove_reader(self._rings.receiver.fileno())
+        with suppress(RingCorrupt):  # what it had said before stays said
+            self._hear(self._rings)
         self._rings.close()
         self._rings = self.ready = None
         self._unsent_aborts.clear()
@@ -130,14 +132,17 @@ class Circuit:
         if self._rings is None:
             return
         self._rings.receiver.clear_bell()  # before draining: a frame published in between rings again
+        self._hear(self._rings)
+        while self._unsent_aborts and self._sent(Abort(self._unsent_aborts[0])):
+            self._unsent_aborts.popleft()
+
+    def _hear(self, rings: _Rings) -> None:
         try:
-            for message in self._rings.receiver.receive():
+            for message in rings.receiver.receive():
                 self._route(message)
         except RingCorrupt:
             self._page.add("tokenllm_ring_corrupt_total")
             raise
-        while self._unsent_aborts and self._sent(Abort(self._unsent_aborts[0])):
-            self._unsent_aborts.popleft()
 
     def _route(self, message: Outbound) -> None:
         match message:
