@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections import Counter
 from collections.abc import Coroutine
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenllm.counters import METRICS, Page, create_page
+from tokenllm.gateway import gateway as gateway_module
 from tokenllm.gateway.circuit import Circuit
 from tokenllm.gateway.reply import Reply, whole
 from tokenllm.messages import (
@@ -284,6 +286,40 @@ def test_a_generation_that_leaves_a_corrupt_ring_is_lost_like_any_other() -> Non
             await reply.deltas(0)
         assert finished(page) == {"error": 1}
         assert page.get("tokenllm_ring_corrupt_total") == 1
+
+    in_loop(scenario())
+
+
+def test_ready_means_that_answers_move_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when nothing that the scheduler writes says that anything is pending."""
+    monkeypatch.setattr(gateway_module, "STUCK_S", 0.1)
+
+    async def scenario() -> None:
+        circuit, page = new_circuit()
+        gateway = gateway_module.Gateway(model=None, circuit=circuit, pages=[page], max_queued_requests=0)  # type: ignore[arg-type]
+        generation = Generation(1)
+        generation.attach(circuit)
+        await asyncio.sleep(0.15)
+        gateway.check_progress()  # idle is ready
+        [uid] = circuit.submit([Submit(circuit.next_uid(), bytes(4), 8, Sampling(1), arrived_s=time.monotonic())]).uids
+        gateway.check_progress()
+        await asyncio.sleep(0.15)
+        with pytest.raises(ApiError) as caught:
+            gateway.check_progress()
+        assert (caught.value.status, caught.value.code) == (503, "stuck")
+        page.set("tokenllm_last_step_monotonic_seconds", time.monotonic())
+        gateway.check_progress()
+        await asyncio.sleep(0.15)
+        generation.say(uid, "a")
+        circuit.turn()
+        gateway.check_progress()
+        await asyncio.sleep(0.15)
+        with pytest.raises(ApiError):
+            gateway.check_progress()
+        generation.say(uid, "b", "stop")
+        circuit.turn()
+        await asyncio.sleep(0.15)
+        gateway.check_progress()
 
     in_loop(scenario())
 

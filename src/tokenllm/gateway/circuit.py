@@ -60,11 +60,13 @@ class Circuit:
         self._unsent_aborts: deque[int] = deque()
         self._bell = asyncio.Event()
         self.ready: Ready | None = None
+        self.heard_s = 0.0  # when the living generation last said something about a request
 
     def attach(self, generation: int, ring_a: RingFds, ring_c: RingFds) -> None:
         """Talk to this generation from now on."""
         assert self._rings is None, "the supervisor says that a generation is lost before it brings the next"
         self._rings = _Rings(generation, ring_a, ring_c)
+        self.heard_s = 0.0
         asyncio.get_running_loop().add_reader(self._rings.receiver.fileno(), self._bell.set)
 
     def lose(self, generation: int) -> None:
@@ -147,10 +149,11 @@ class Circuit:
     def _route(self, message: Outbound) -> None:
         match message:
             case Texts():
-                now_s = time.monotonic()
+                self.heard_s = time.monotonic()
                 for delta in message.deltas:
-                    self._deliver(delta, now_s)
+                    self._deliver(delta, self.heard_s)
             case Refused():
+                self.heard_s = time.monotonic()
                 self._end(message.uid, "refused", _refusal(message))
             case Ready():
                 self.ready = message

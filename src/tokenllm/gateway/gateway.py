@@ -76,13 +76,14 @@ class Gateway:
             raise ApiError(429, message, "queue_full", headers={"retry-after": "1"})
 
     def check_progress(self) -> None:
-        """Ready means: the model is loaded, and what was asked of it moves on."""
+        """Ready means: the model is loaded, and what was asked of it moves on, as far as this gateway can see."""
         self.ready()
-        pending = any(total(self.pages, f"tokenllm_requests_{state}") for state in ("running", "waiting"))
+        waiting_since = self.circuit.waiting_since()
+        gauges = (total(self.pages, f"tokenllm_requests_{state}") for state in ("running", "waiting"))
         last_step_s = total(self.pages, "tokenllm_last_step_monotonic_seconds")
-        moved_s = max(last_step_s, self.circuit.waiting_since() or 0.0)
-        if pending and time.monotonic() - moved_s > STUCK_S:
-            raise busy(f"requests are pending, but the last step is {time.monotonic() - moved_s:.0f} s ago", "stuck")
+        silent_s = time.monotonic() - max(last_step_s, self.circuit.heard_s, waiting_since or 0.0)
+        if (waiting_since is not None or any(gauges)) and silent_s > STUCK_S:
+            raise busy(f"requests are pending, but nothing has moved for {silent_s:.0f} s", "stuck")
 
     def head(self, kind: str) -> Head:
         """A new answer's."""
