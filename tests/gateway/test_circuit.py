@@ -183,7 +183,8 @@ def test_half_a_request_is_never_left_behind() -> None:
         for uid in generation.submitted:
             generation.say(uid, "", "abort")
         circuit.turn()
-        assert finished(page) == {"abort": len(generation.submitted)}
+        sent = len(generation.submitted)
+        assert finished(page) == {"abort": sent, "refused": 8 - sent}, "each choice once"
 
     in_loop(scenario())
 
@@ -241,7 +242,7 @@ def test_nothing_is_submitted_while_there_is_no_model() -> None:
 
 def test_a_prompt_that_no_ring_carries_is_the_clients_fault() -> None:
     async def scenario() -> None:
-        circuit, _ = new_circuit()
+        circuit, page = new_circuit()
         generation = Generation(1, ring_a_bytes=1024)
         generation.attach(circuit)
         batch = submits(circuit, 2) + submits(circuit, 1, prompt=bytes(4000))
@@ -250,6 +251,7 @@ def test_a_prompt_that_no_ring_carries_is_the_clients_fault() -> None:
         assert caught.value.status == 400
         generation.read()
         assert generation.aborted == generation.submitted == [submit.uid for submit in batch[:2]]
+        assert finished(page) == {"refused": 1}
 
     in_loop(scenario())
 
@@ -376,7 +378,9 @@ class Ledger:
         try:
             reply = self.circuit.submit(submits(self.circuit, choices))
         except ApiError:
-            self._obey()  # it may have sent some of them
+            self.generation.read()  # it may have sent some of them
+            self.ended += choices - len(self.generation.submitted)
+            self._obey()
         else:
             self.replies.append(reply)
             self.read.append(reply)

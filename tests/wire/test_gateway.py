@@ -355,8 +355,12 @@ def test_pipelined_requests_are_answered_in_order(gateway: GatewayUnderTest) -> 
 def test_a_full_queue_is_said_early(fresh: GatewayUnderTest) -> None:
     gateway = fresh
     gateway.scheduler_page.set("tokenllm_requests_waiting", 3)
-    refused = post(gateway)
+    refused = post(gateway, n=3)
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    many = post(gateway, "/v1/completions", prompt=["a", "b"], n=2)
+    assert many.status_code == 429
+    gateway.refused_early = 3 + 4
+    assert gateway.finished("refused") == gateway.refused_early
     assert refused.json()["error"]["type"] == "rate_limit_error" and int(refused.headers["retry-after"]) >= 1
     gateway.scheduler_page.set("tokenllm_requests_waiting", 2)
     assert post(gateway, max_tokens=1).status_code == 200

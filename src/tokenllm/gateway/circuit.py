@@ -91,17 +91,19 @@ class Circuit:
         if self._rings is None or self.ready is None:
             raise busy("the model is still loading", "loading")
         reply = Reply([submit.uid for submit in submits])
-        try:
-            for index, submit in enumerate(submits):
+        for index, submit in enumerate(submits):
+            try:
                 self._rings.sender.send(submit)
-                self._ledger[submit.uid] = _Line(reply, index, submit.arrived_s)
-        except RingFull:
-            self.abandon(reply)
-            raise busy("the server has no room for another request now") from None
-        except FrameTooLarge:
-            self.abandon(reply)
-            raise ApiError(400, "the prompt is larger than this server can pass on", "invalid_value") from None
+            except (RingFull, FrameTooLarge) as error:
+                self.abandon(reply)
+                self.count_refused(len(submits) - index)
+                raise _unsent(error) from None
+            self._ledger[submit.uid] = _Line(reply, index, submit.arrived_s)
         return reply
+
+    def count_refused(self, choices: int) -> None:
+        """Choices that never entered ring A have their last word too."""
+        self._page.add("tokenllm_requests_finished_total", choices, label="refused")
 
     def abandon(self, reply: Reply) -> None:
         """Nobody reads this reply any more: abort what has not ended, and keep waiting for its last words."""
@@ -205,6 +207,12 @@ class Circuit:
         except RingFull:
             return False
         return True
+
+
+def _unsent(error: RingFull | FrameTooLarge) -> ApiError:
+    if isinstance(error, RingFull):
+        return busy("the server has no room for another request now")
+    return ApiError(400, "the prompt is larger than this server can pass on", "invalid_value")
 
 
 def _refusal(refused: Refused) -> ApiError:

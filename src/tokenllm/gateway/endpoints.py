@@ -59,7 +59,7 @@ TEXT = Wording("cmpl", CompletionFrames, text_completion)
 async def chat_completions(gateway: Gateway, request: Request) -> ASGIApp:
     arrived_s = time.monotonic()
     body = await gateway.read(ChatCompletionRequest, request)
-    gateway.check_queue()
+    gateway.check_queue(body.choices_each())
     model, max_model_len = gateway.model, gateway.ready().max_model_len
     model.check_size((message.text() for message in body.messages), "messages", max_model_len)
     prompt = await gateway.off_loop(model.chat_prompt, body.messages)
@@ -69,7 +69,7 @@ async def chat_completions(gateway: Gateway, request: Request) -> ASGIApp:
 async def completions(gateway: Gateway, request: Request) -> ASGIApp:
     arrived_s = time.monotonic()
     body = await gateway.read(CompletionRequest, request)
-    gateway.check_queue()
+    gateway.check_queue(len(body.prompts()) * body.choices_each())
     model, max_model_len = gateway.model, gateway.ready().max_model_len
     for text in body.prompts():
         model.check_size([text] if isinstance(text, str) else [], "prompt", max_model_len)

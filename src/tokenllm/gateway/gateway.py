@@ -68,10 +68,11 @@ class Gateway:
             raise busy("the model is still loading", "loading")
         return self.circuit.ready
 
-    def check_queue(self) -> None:
+    def check_queue(self, choices: int) -> None:
         """An early word, before anything is tokenized; the scheduler has the last."""
         waiting = int(total(self.pages, "tokenllm_requests_waiting"))
         if waiting and waiting >= self.max_queued_requests:
+            self.circuit.count_refused(choices)
             message = f"the queue is full: {waiting} requests wait"
             raise ApiError(429, message, "queue_full", headers={"retry-after": "1"})
 
