@@ -221,6 +221,51 @@ def test_the_largest_body_is_taken() -> None:
     run(scenario)
 
 
+def test_more_requests_than_can_be_held_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard_module, "MOST_REQUESTS", 2)
+
+    async def scenario() -> None:
+        guard = Guard(Slow(streams=False), [])
+        held = [Client(guard).write() for _ in range(2)]
+        await asyncio.sleep(0.01)
+        refused = await Client(guard).write().answered()
+        assert (refused.status, refused.code, refused.headers["retry-after"]) == (503, "overloaded", "1")
+        alive = Client(guard, path="/health/live").write()
+        await asyncio.sleep(0.01)
+        assert not alive.sent, "health is never refused"
+        for client in (*held, alive):
+            client.leave()
+            await client.answered()
+        served = Client(guard).write()
+        await asyncio.sleep(0.01)
+        assert not served.sent, "there is room again"
+        served.leave()
+        await served.answered()
+
+    run(scenario)
+
+
+def test_more_bodies_than_can_be_held_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard_module, "MOST_BODY_BYTES", 100)
+
+    async def scenario() -> None:
+        guard, answering = Guard(Slow(streams=False), []), Guard(Echo(), [])
+        held = Client(guard, "POST", headers=POST).write(bytes(60))
+        await asyncio.sleep(0.01)
+        refused = await Client(guard, "POST", headers=POST).write(bytes(30), more=True).write(bytes(11)).answered()
+        assert (refused.status, refused.code, refused.headers["retry-after"]) == (503, "overloaded", "1")
+        fits = Client(guard, "POST", headers=POST).write(bytes(40))
+        await asyncio.sleep(0.01)
+        assert not fits.sent
+        for client in (held, fits):
+            client.leave()
+            await client.answered()
+        for _ in range(3):
+            assert (await Client(answering, "POST", headers=POST).write(bytes(100)).answered()).status == 200
+
+    run(scenario)
+
+
 def test_slow_bodies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard_module, "BODY_S", 0.05)
     monkeypatch.setattr(guard_module, "LINGER_S", 0.05)

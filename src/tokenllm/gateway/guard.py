@@ -1,14 +1,15 @@
 """The outermost layer of the gateway: no request reaches an endpoint unchecked, and none leaves without an answer.
 
-It decides on `scope["path"]`, never on a URL built from headers. It owns what the HTTP server does not do: keys, the
-size and the time of a body, the time of a write, the end of a handler whose client has left, and the error envelope.
+It decides on `scope["path"]`, never on a URL built from headers. It owns what the HTTP server does not do: keys, how
+many requests are open, the size and the time of a body, the time of a write, the end of a handler whose client has
+left, and the error envelope.
 """
 
 import asyncio
 import hmac
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenllm_schemas.errors import ApiError, busy
 
 LARGEST_BODY = 4 * 2**20
+MOST_REQUESTS = 4096  # being answered at once
+MOST_BODY_BYTES = 256 * 2**20  # of all of them
 BODY_S = 10.0
 STALL_S = 30.0
 LINGER_S = 2.0  # how long an unread body is thrown away, so that its sender gets to read the answer
@@ -37,6 +40,7 @@ class Guard:
         self._app = app
         self._keys = [sha256(key.encode()).digest() for key in keys]
         self._open = 0
+        self._body_bytes = 0  # of the open ones
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
@@ -59,7 +63,7 @@ class Guard:
         self._idle.clear()
         try:
             self._check(exchange)
-            await exchange.read_body()
+            await exchange.read_body(self._hold)
             await exchange.hand_to(self._app)
         except ClientGone:
             return
@@ -70,6 +74,7 @@ class Guard:
             raise  # the HTTP server logs it
         finally:
             self._open -= 1
+            self._body_bytes -= exchange.body_bytes
             if not self._open:
                 self._idle.set()
 
@@ -82,12 +87,19 @@ class Guard:
         if scope["path"] not in OPEN_PATHS and not self._key_fits(exchange):
             message = "missing or wrong API key; send it as 'Authorization: Bearer KEY'"
             raise ApiError(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer"})
+        if self._open > MOST_REQUESTS and scope["path"] not in OPEN_PATHS:
+            raise busy(f"{MOST_REQUESTS} requests are being answered already")
         if scope["method"] not in METHODS:
             raise wrong_method(scope["method"], "GET, POST")
         if self.draining and (scope["method"] == "POST" or scope["path"] == READY_PATH):
             raise busy("the server is shutting down", "draining")
         if scope["method"] == "POST":
             self._check_post(exchange)
+
+    def _hold(self, size: int) -> None:
+        if self._body_bytes + size > MOST_BODY_BYTES:
+            raise busy(f"there is no room for this body beside the others: all may have {MOST_BODY_BYTES} bytes")
+        self._body_bytes += size
 
     def _key_fits(self, exchange: "Exchange") -> bool:
         if not self._keys:
@@ -114,6 +126,7 @@ class Exchange:
         self._id = self._request_id()
         self._closing = closing
         self._body = b""
+        self.body_bytes = 0
         self._body_ended = False
         self._started = False
         self._finished = False
@@ -123,17 +136,18 @@ class Exchange:
         values = [value for key, value in self.scope["headers"] if key == name]
         return values[0] if len(values) == 1 else b"" if values else None
 
-    async def read_body(self) -> None:
-        """The whole body, within its limits."""
+    async def read_body(self, hold: Callable[[int], None]) -> None:
+        """The whole body, within its limits; `hold` is told of each part, and may refuse it."""
         if int(self.header(b"content-length") or 0) > LARGEST_BODY:
             raise _too_large()
-        parts, size = [], 0
+        parts = []
         try:
             async with asyncio.timeout(BODY_S):
                 while not self._body_ended:
                     parts.append(await self._part())
-                    size += len(parts[-1])
-                    if size > LARGEST_BODY:
+                    hold(len(parts[-1]))
+                    self.body_bytes += len(parts[-1])
+                    if self.body_bytes > LARGEST_BODY:
                         raise _too_large()
         except TimeoutError:
             message = f"the body took longer than {BODY_S:.0f} seconds"
