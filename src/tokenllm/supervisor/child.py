@@ -4,31 +4,18 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable, Sequence
 
 import msgspec
-
-NOTHING_ELSE: Mapping[str, str] = MappingProxyType({})
 
 
 class Child:
     """Spawned from the supervisor's main thread: a child's life is bound to the thread that spawned it."""
 
-    def __init__(
-        self,
-        name: str,
-        command: Sequence[str],
-        birth: msgspec.Struct,
-        fds: Iterable[int],
-        environment: Mapping[str, str] = NOTHING_ELSE,
-    ) -> None:
-        """`environment` fills in what ours does not say."""
+    def __init__(self, name: str, command: Sequence[str], birth: msgspec.Struct, fds: Iterable[int]) -> None:
         self.name = name
         # a process group of its own: Ctrl-C in a terminal is for the supervisor alone, which drains
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, pass_fds=tuple(fds), process_group=0, env={**environment, **os.environ}
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=tuple(fds), process_group=0)
         self.pid = self._process.pid
         self.pidfd = os.pidfd_open(self.pid)
         assert self._process.stdin is not None

@@ -14,9 +14,6 @@ from tokenllm.supervisor import StartError
 from tokenllm.supervisor.child import Child
 
 SCHEDULER = (sys.executable, "-m", "tokenllm.scheduler")
-# OpenMP's threads wait for each other by spinning. On a CPU that others use too, the one waited for does not run while
-# the other spins, and a step takes up to fifty times as long: sleep instead
-SCHEDULER_ENVIRONMENT = {"GOMP_SPINCOUNT": "0"}
 DETOKENIZER = (sys.executable, "-m", "tokenllm.detokenizer")
 
 
@@ -81,7 +78,6 @@ class Generation:
                 scheduler_command,
                 SchedulerBirth(config, model_path, number, supervisor_pid, inboxes, between, page_fds[0]),
                 (*_fds(*inboxes, between), page_fds[0]),
-                SCHEDULER_ENVIRONMENT,
             ),
             Child(
                 "detokenizer",
