@@ -20,8 +20,6 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install -c constraints.tx
 TOKENLLM = $(PIP) --no-build-isolation -e
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
-# On a CPU that others use too, OpenMP's spinning threads keep each other from working: tests take many times as long.
-export GOMP_SPINCOUNT ?= 2000
 
 .PHONY: help serve test test-slow check load bench-cpu bench-ring lock clean
 .DELETE_ON_ERROR:
@@ -32,6 +30,9 @@ help: ## this list
 
 serve: $(VENV)/.serve ## install what is missing, then serve MODEL (default: the embedded one) on PORT
 	$(BIN)/tokenllm serve $(strip $(MODEL) --port $(PORT) $(ARGS))
+
+# Tests run on busy machines, where OpenMP's spinning threads keep each other from working.
+test test-slow: export GOMP_SPINCOUNT ?= 2000
 
 test: check ## the checks, then every fast test
 	$(BIN)/python -m pytest -m "not slow"
