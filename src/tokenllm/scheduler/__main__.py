@@ -32,6 +32,7 @@ def main() -> None:
 
 def _load(config: ServeConfig, path: Path) -> Engine:
     console = Console(stderr=True)
+    console.print(f"tokenllm: loading {path}", highlight=False, soft_wrap=True)
 
     def show(layers: Iterable[int]) -> Iterator[int]:
         return iter(track(layers, description="loading weights", console=console, transient=True))

@@ -24,7 +24,7 @@ tokenllm serves at {url}"""
 
 
 def _curl(url: str, model: str, has_key: bool) -> str:
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Say hello."}]})
+    body = json.dumps({"model": model, "max_tokens": 60, "messages": [{"role": "user", "content": "Say hello."}]})
     key = f" -H 'Authorization: Bearer {KEY_PLACEHOLDER}'" if has_key else ""
     return f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
 
@@ -33,7 +33,8 @@ def _python(url: str, model: str, has_key: bool) -> str:
     return f"""from openai import OpenAI
 client = OpenAI(base_url={json.dumps(url)}, api_key={json.dumps(KEY_PLACEHOLDER if has_key else "none")})
 messages = [{{"role": "user", "content": "Say hello."}}]
-print(client.chat.completions.create(model={json.dumps(model)}, messages=messages).choices[0].message.content)"""
+answer = client.chat.completions.create(model={json.dumps(model)}, messages=messages, max_tokens=60)
+print(answer.choices[0].message.content)"""
 
 
 def _reachable(host: str) -> str:
