@@ -43,7 +43,11 @@ METRICS = (
     ),
     Metric("tokenllm_prompt_tokens_total", "counter", "Prompt tokens of accepted requests."),
     Metric("tokenllm_prompt_tokens_computed_total", "counter", "Prompt tokens the model computed, not found cached."),
-    Metric("tokenllm_generation_tokens_total", "counter", "Tokens that the model chose, also those after a stop string that nobody was shown."),
+    Metric(
+        "tokenllm_generation_tokens_total",
+        "counter",
+        "Tokens chosen by the model, unseen ones after a stop string too.",
+    ),
     Metric("tokenllm_preemptions_total", "counter", "Times a running request was paused to make room."),
     Metric("tokenllm_restarts_total", "counter", "Times a process or a generation was replaced."),
     Metric("tokenllm_steps_total", "counter", "Steps of the running batch."),
