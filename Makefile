@@ -31,9 +31,6 @@ help: ## this list
 serve: $(VENV)/.serve ## install what is missing, then serve MODEL (default: the embedded one) on PORT
 	$(BIN)/tokenllm serve $(strip $(MODEL) --port $(PORT) $(ARGS))
 
-# Tests run on busy machines, where OpenMP's spinning threads keep each other from working.
-test test-slow: export GOMP_SPINCOUNT ?= 2000
-
 test: check ## the checks, then every fast test
 	$(BIN)/python -m pytest -m "not slow"
 
