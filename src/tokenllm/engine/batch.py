@@ -1,8 +1,11 @@
 """What one step computes. A plan is made by the scheduler from its own books and is immutable: whoever executes it
-(today one process, later every tensor-parallel rank) needs nothing else.
+(today one process, later every tensor-parallel rank) needs nothing else. What repeats for every running request comes
+in columns, so that a step costs no Python per request.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,20 +13,36 @@ from numpy.typing import NDArray
 from tokenllm.memory.token_slots import Slots
 from tokenllm_kernels import LogitsRule
 
-__all__ = ["LogitsRule", "Piece", "Plan", "Sampled"]
+__all__ = ["Chunk", "Decodes", "LogitsRule", "Logprob", "Plan", "Sampled"]
+
+Column = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One request's share of a step: the tokens at positions start … start + len(slots) of its row."""
+class Decodes:
+    """One more token for each of these rows: the one the row sampled last, which only the device may know yet."""
+
+    rows: Column
+    positions: Column  # of that token
+    slots: Slots  # where its K and V go
+
+    @classmethod
+    def none(cls) -> "Decodes":
+        nothing = np.empty(0, np.int32)
+        return cls(nothing, nothing, nothing)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Part of a prompt, or all of it: the tokens at positions start … start + len(slots) of a row."""
 
     row: int
     start: int
     slots: Slots  # one per token
-    ids: NDArray[np.int32] | None  # None: the one token the row sampled last, which only the device may know yet
-    samples: bool  # choose the token that follows
+    ids: Column
+    samples: bool  # the prompt ends here: choose the token that follows
     rule: LogitsRule
-    logprobs: int | None  # report the chosen token's, and that many alternatives
+    logprobs: int | None  # report the chosen tokens', and that many alternatives
 
     @property
     def tokens(self) -> int:
@@ -36,19 +55,34 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """The pieces of one step, never empty."""
+    """One step, never empty: tokens are laid end to end, the decodes first. Every decode samples, and every last chunk
+    of a prompt; what they sample comes back in this order.
+    """
 
-    pieces: tuple[Piece, ...]
+    decodes: Decodes
+    chunks: tuple[Chunk, ...] = ()
 
-    @property
+    @cached_property
     def tokens(self) -> int:
-        return sum(piece.tokens for piece in self.pieces)
+        return len(self.decodes.rows) + sum(chunk.tokens for chunk in self.chunks)
+
+    @cached_property
+    def sampling_rows(self) -> Column:
+        last = [chunk.row for chunk in self.chunks if chunk.samples]
+        return np.concatenate((self.decodes.rows, np.array(last, np.int32))) if last else self.decodes.rows
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """The raw model's log-probability of a chosen token, and the likeliest alternatives as (id, logprob)."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a piece that samples gets back. Token -1: the model's output was not a number."""
+    """What a step chose, in the order of `Plan.sampling_rows`. Token -1: the model's output was not a number."""
 
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    tokens: Column
+    logprobs: Mapping[int, Logprob] = field(default_factory=dict)  # place → of a row that asked
