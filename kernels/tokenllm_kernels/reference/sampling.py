@@ -15,7 +15,7 @@ LIKELY = 1024  # tokens that nearly always hold the nucleus; sorting the whole v
 
 @dataclass(frozen=True)
 class LogitsRule:
-    """How one row's next token is chosen: temperature 0 is greedy, top_k 0 and top_p 1 are off."""
+    """How one row's next token is chosen: temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
 
     seed: int
     temperature: float = 1.0
@@ -23,6 +23,8 @@ class LogitsRule:
     top_k: int = 0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    min_p: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit), each token once
 
     @property
     def penalizes(self) -> bool:
@@ -35,46 +37,82 @@ def sample(
     """Choose the next token of each row: [rows] int64, or -1 where the logits hold a NaN or nothing finite.
 
     logits [rows, vocab] float32; positions: of the token to be chosen; counts: how often each token was generated
-    before, [vocab], for rows whose rule penalizes. The order is OpenAI's: penalties, temperature, top-k, top-p.
-    A row's randomness is `philox_uniform(seed, position)`, so its token does not depend on its neighbours.
+    before, [vocab], for rows whose rule penalizes. The order: bias, penalties, temperature, top-k, top-p of what
+    top-k left, min-p. Every filter keeps the tokens from some logit up, so equal logits stay or go together; among
+    equal highest ones greedy takes the lowest id. The draw walks the kept tokens by id until their weight exceeds
+    `philox_uniform(seed, position)` of the whole, so a row's token does not depend on its neighbours.
     """
     highest, chosen = logits.max(-1)
+    usable = highest.isfinite()
     for row, rule in enumerate(rules):
-        if rule.penalizes or rule.temperature > 0:
-            chosen[row] = _sample_row(logits[row], rule, positions[row], counts[row])
-    return chosen.masked_fill_(~highest.isfinite(), -1)
+        if usable[row] and (rule.penalizes or rule.logit_bias or rule.temperature > 0):
+            chosen[row] = _sample_row(_adjusted(logits[row], rule, counts[row]), rule, positions[row])
+    return chosen.masked_fill_(~usable, -1)
 
 
-def _sample_row(logits: Tensor, rule: LogitsRule, position: int, counts: Tensor | None) -> Tensor:
+def _adjusted(logits: Tensor, rule: LogitsRule, counts: Tensor | None) -> Tensor:
+    if rule.logit_bias:
+        ids, values = zip(*rule.logit_bias, strict=True)
+        logits = logits.index_add(0, logits.new_tensor(ids, dtype=torch.long), logits.new_tensor(values))
     if rule.penalizes and counts is not None:
         logits = logits - rule.frequency_penalty * counts - rule.presence_penalty * (counts > 0)
+    return logits
+
+
+def _sample_row(logits: Tensor, rule: LogitsRule, position: int) -> Tensor:
     if rule.temperature == 0:
         return logits.argmax()
-    # from the highest down: however small the temperature, the likeliest stays finite
-    p, ids = _candidates((logits - logits.max()) / max(rule.temperature, SMALLEST_TEMPERATURE), rule)
-    upto = p.cumsum(-1, dtype=torch.float64)
+    weights = _Weights(logits.max(), max(rule.temperature, SMALLEST_TEMPERATURE))
+    ids = _kept(logits, weights, rule)
+    upto = weights(logits if ids is None else logits[ids]).cumsum(-1, dtype=torch.float64)
     total = float(upto[-1])
     # a product that rounds up to the total would point past the last token
-    drawn = torch.searchsorted(
-        upto, min(total * philox_uniform(rule.seed, position), math.nextafter(total, 0)), right=True
-    )
+    target = min(total * philox_uniform(rule.seed, position), math.nextafter(total, 0))
+    drawn = torch.searchsorted(upto, target, right=True)
     return drawn if ids is None else ids[drawn]
 
 
-def _candidates(logits: Tensor, rule: LogitsRule) -> tuple[Tensor, Tensor | None]:
-    """What may be drawn: probabilities (not normalised again after top-p) and ids, None when it is the vocabulary."""
+@dataclass(frozen=True)
+class _Weights:
+    """Unnormalised probabilities. They count from the highest: however small the temperature, its weight is 1."""
+
+    highest: Tensor
+    temperature: float
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return ((logits - self.highest) / self.temperature).exp_()
+
+
+def _kept(logits: Tensor, weights: _Weights, rule: LogitsRule) -> Tensor | None:
+    """Ids that pass the filters, in order; None when it is the vocabulary."""
     vocab = logits.numel()
-    if 0 < rule.top_k < vocab:
-        values, ids = logits.topk(rule.top_k)
-        p = values.softmax(-1)
-    elif rule.top_p < 1:
-        p, ids = logits.softmax(-1).topk(min(LIKELY, vocab))
-        if p.sum() < rule.top_p:  # a flat distribution: all of it has to be sorted
-            p, ids = logits.softmax(-1).sort(descending=True)
-    else:
-        return logits.softmax(-1), None
-    before = p.cumsum(-1) - p
-    return p * (before < rule.top_p), ids  # the nucleus: the fewest whose mass reaches top_p (Holtzman et al., 2019)
+    limited = 0 < rule.top_k < vocab
+    if not (limited or rule.top_p < 1 or rule.min_p > 0):
+        return None
+    values, ids = logits.topk(min(2 * rule.top_k if limited else LIKELY, vocab))
+    kept = _how_many(values, logits, weights, rule)
+    if kept == values.numel() < vocab:  # perhaps there are more: all of it has to be sorted
+        values, ids = logits.sort(descending=True)
+        kept = _how_many(values, logits, weights, rule)
+    return ids[:kept].sort().values
+
+
+def _how_many(likely: Tensor, logits: Tensor, weights: _Weights, rule: LogitsRule) -> int:
+    """How many of `likely`, the highest of `logits` in order, pass the filters; all of them: there may be more."""
+    limited = 0 < rule.top_k < logits.numel()
+    if limited:
+        looked_at = likely.numel()
+        likely = likely[likely >= likely[rule.top_k - 1]]
+        if likely.numel() == looked_at < logits.numel():  # equals of the last one may follow, and their mass counts
+            return looked_at
+    if rule.top_p < 1:
+        upto = weights(likely).cumsum(-1, dtype=torch.float64)
+        enough = rule.top_p * float(upto[-1] if limited else weights(logits).sum())
+        reached = torch.searchsorted(upto, enough).clamp(max=likely.numel() - 1)
+        likely = likely[likely >= likely[reached]]  # the fewest whose mass reaches top_p (Holtzman et al., 2019)
+    if rule.min_p > 0:
+        likely = likely[likely >= weights.highest + weights.temperature * math.log(rule.min_p)]
+    return likely.numel()
 
 
 def philox_uniform(seed: int, position: int) -> float:
