@@ -6,49 +6,55 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokenllm.checkpoint.description import describe
-from tokenllm.engine.batch import Plan, Sampled
-from tokenllm.engine.runner import Runner
+from tokenllm.engine.runner import CpuRunner
 from tokenllm.memory.token_slots import TokenSlots
-from tokenllm.messages import Sampling, Submit
+from tokenllm.messages import Sampling, Submit, TokenLogprob
 from tokenllm.models.weights import Precision, load_decoder, open_weights
-from tokenllm.scheduler.request import Request
+from tokenllm.routing.policy import Conservative
+from tokenllm.scheduler.scheduler import Scheduler
 
 CPU = torch.device("cpu")
 SLOTS, ROWS, CONTEXT = 8192, 32, 1024
 
 
 class Driver:
-    """Runs requests on a runner, each from a step of its own, and keeps what they sampled."""
+    """Runs requests on a runner, each from a step of its own, and keeps what they were told."""
 
-    def __init__(self, runner: Runner, margin: float, tolerance: float) -> None:
+    def __init__(self, runner: CpuRunner, margin: float, tolerance: float) -> None:
         self.runner = runner
         self.margin, self.tolerance = margin, tolerance  # of the precision: what is a near-tie, how far logprobs may be
         self.slots = TokenSlots(SLOTS)
 
-    def run(self, submits: Sequence[tuple[int, Submit]], chunk: int = 40) -> list[list[Sampled]]:
-        requests = [Request(submit) for _, submit in submits]
-        for row, request in enumerate(requests):
-            request.start(ROWS - 1 - row)
-        told: dict[int, list[Sampled]] = {id(request): [] for request in requests}
-        step = 0
-        while any(request.wants_step for request in requests):
-            joined = [r for r, (since, _) in zip(requests, submits, strict=True) if since <= step and r.wants_step]
+    def run(self, submits: Sequence[tuple[int, Submit]], chunk: int = 200) -> list[list[TokenLogprob]]:
+        books = self._books(chunk)
+        told: list[list[TokenLogprob]] = [[] for _ in submits]
+        last, step = max(since for since, _ in submits), 0
+        while step <= last or books.rows.running:
+            for uid, (since, submit) in enumerate(submits):
+                if since == step:
+                    books.accept(replace(submit, uid=uid))
+            if planned := books.plan():
+                sampled = self.runner.collect(self.runner.launch(planned.plan))
+                for uid, tokens in books.settle(planned, sampled).logprobs.items():
+                    told[uid] += tokens
             step += 1
-            if not joined:
-                continue
-            pieces = [r.next_piece(self.slots.take(min(chunk, r.prompt_left) or 1)) for r in joined]
-            sampling = [r for r, piece in zip(joined, pieces, strict=True) if piece.samples]
-            for request, sampled in zip(
-                sampling, self.runner.collect(self.runner.launch(Plan(tuple(pieces)))), strict=True
-            ):
-                told[id(request)].append(sampled)
-            for request in sampling:
-                if not request.wants_step:
-                    self.slots.give_back(request.held_slots)
-        return [told[id(request)] for request in requests]
+        return told
+
+    def _books(self, chunk: int) -> Scheduler:
+        return Scheduler(
+            self.slots,
+            Conservative(SLOTS),
+            rows=ROWS,
+            max_positions=CONTEXT,
+            prefill_chunk_tokens=chunk,
+            max_queued_requests=0,
+            max_queued_tokens=0,
+            eos_ids=frozenset(),
+        )
 
 
 def submit(ids: Sequence[int], max_tokens: int, **sampling: float) -> Submit:
@@ -66,7 +72,7 @@ def driver(request: pytest.FixtureRequest, default_model: Path) -> Driver:
     description = describe(default_model)
     source = open_weights(default_model, description, CPU, dummy=False, dtype=torch.float32)
     precision = Precision(torch.float32, half_weights=request.param == "auto")
-    runner = Runner(load_decoder(source, description, precision, CPU, CONTEXT), SLOTS, ROWS, CONTEXT)
+    runner = CpuRunner(load_decoder(source, description, precision, CPU, CONTEXT), SLOTS, ROWS, CONTEXT)
     return Driver(runner, *((0.001, 1e-3) if request.param == "float32" else (0.03, 0.02)))
 
 

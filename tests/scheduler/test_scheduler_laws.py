@@ -7,14 +7,16 @@ from collections import deque
 from collections.abc import Iterable
 
 import numpy as np
-from hypothesis import settings
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tokenllm.engine.batch import Plan, Sampled
+from tokenllm.engine.batch import Chunk, Logprob, Plan, Sampled
 from tokenllm.memory.token_slots import TokenSlots
 from tokenllm.messages import (
     FINISH_REASONS,
+    STILL_RUNNING,
     Abort,
     Begin,
     GatewayLost,
@@ -22,10 +24,12 @@ from tokenllm.messages import (
     Sampling,
     Step,
     Submit,
+    TokenLogprob,
     make_uid,
 )
-from tokenllm.routing.policy import Conservative
-from tokenllm.scheduler.scheduler import Scheduler
+from tokenllm.routing.policy import Conservative, Demand, Demands
+from tokenllm.scheduler.rows import NOBODY
+from tokenllm.scheduler.scheduler import FINISHED, Planned, Scheduler
 
 EOS, BROKEN, VOCAB = 0, 1, 40  # a hash of BROKEN stands for a NaN
 CAPACITY, ROWS = 120, 5
@@ -53,39 +57,52 @@ class FakeRunner:
 
     def __init__(self, ahead: int) -> None:
         self.ahead = ahead
+        self.index = np.full((ROWS, CAPACITY), -1)
         self._memory = np.full(CAPACITY, -1)
-        self._index = np.full((ROWS, CAPACITY), -1)
         self._last = np.full(ROWS, -1)
 
-    def launch(self, plan: Plan) -> list[int]:
-        tokens = []
-        for piece in plan.pieces:
-            ids = self._last[piece.row : piece.row + 1] if piece.ids is None else piece.ids
-            self._memory[piece.slots] = ids
-            self._index[piece.row, piece.start : piece.end] = piece.slots
-            if piece.samples:
-                seen = self._memory[self._index[piece.row, : piece.end]]
-                tokens.append(next_token(seen.astype(np.uint8)))
-                self._last[piece.row] = tokens[-1]
-        return tokens
+    def launch(self, plan: Plan) -> Sampled:
+        one_by_one = zip(plan.decodes.rows, plan.decodes.positions, plan.decodes.slots, strict=True)
+        tokens = [self._decode(*one) for one in one_by_one]
+        tokens += [token for chunk in plan.chunks if (token := self._read(chunk)) is not None]
+        self._last[plan.sampling_rows] = tokens
+        asked = {place: logprob_of(token) for place, token in enumerate(tokens) if token % 3 == 0}
+        return Sampled(np.array([-1 if token == BROKEN else token for token in tokens], np.int32), asked)
 
-    def collect(self, flight: list[int]) -> tuple[Sampled, ...]:
-        return tuple(Sampled(-1 if token == BROKEN else token) for token in flight)
+    def collect(self, flight: Sampled) -> Sampled:
+        return flight
+
+    def _decode(self, row: int, position: int, slot: int) -> int:
+        self._memory[slot], self.index[row, position] = self._last[row], slot
+        return self._following(row, position + 1)
+
+    def _read(self, chunk: Chunk) -> int | None:
+        self._memory[chunk.slots], self.index[chunk.row, chunk.start : chunk.end] = chunk.ids, chunk.slots
+        return self._following(chunk.row, chunk.end) if chunk.samples else None
+
+    def _following(self, row: int, end: int) -> int:
+        return next_token(self._memory[self.index[row, :end]].astype(np.uint8))
+
+
+def logprob_of(token: int) -> Logprob:
+    return Logprob(-float(token), ((token, -float(token)),))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    @initialize(ahead=st.sampled_from([0, 1]), chunk=st.integers(1, 30))
-    def start(self, ahead: int, chunk: int) -> None:
+    @initialize(ahead=st.sampled_from([0, 1]), chunk=st.integers(1, 30), rows=st.sampled_from([1, 2, ROWS]))
+    def start(self, ahead: int, chunk: int, rows: int) -> None:
         self.scheduler = Scheduler(
             TokenSlots(CAPACITY),
             Conservative(CAPACITY),
-            rows=ROWS,
+            rows=rows,
+            max_positions=CAPACITY,
             prefill_chunk_tokens=chunk,
             max_queued_requests=4,
             max_queued_tokens=200,
             eos_ids=frozenset({EOS}),
         )
-        self.runner, self.flights = FakeRunner(ahead), deque()
+        self.runner, self.flights = FakeRunner(ahead), deque[tuple[Sampled, Planned]]()
+        self.chunk = chunk
         self.submits: dict[int, Submit] = {}
         self.ids: dict[int, list[int]] = {}
         self.ends: dict[int, list[str]] = {}
@@ -121,11 +138,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(times):
             planned = self.scheduler.plan()
             if planned:
-                plan, sampling = planned
-                self.flights.append((self.runner.launch(plan), sampling))
+                self.check_order(planned)
+                self.flights.append((self.runner.launch(planned.plan), planned))
             if len(self.flights) > self.runner.ahead or (self.flights and not planned):
-                flight, sampling = self.flights.popleft()
-                self.hear([self.scheduler.settle(sampling, self.runner.collect(flight))])
+                flight, settled = self.flights.popleft()
+                self.hear([self.scheduler.settle(settled, self.runner.collect(flight))])
+
+    def check_order(self, planned: Planned) -> None:
+        """Rows decode in their own order; whoever samples is somebody, and prompts are read up to the budget."""
+        plan = planned.plan
+        assert plan.tokens and len(planned.uids) == len(plan.sampling_rows) == len(set(plan.sampling_rows.tolist()))
+        assert (np.diff(plan.decodes.rows) > 0).all() and set(planned.uids.tolist()) <= set(self.submits)
+        assert sum(chunk.tokens for chunk in plan.chunks) <= self.chunk
 
     def hear(self, messages: Iterable[Begin | Refused | Step]) -> None:
         for message in messages:
@@ -138,17 +162,43 @@ class SchedulerMachine(RuleBasedStateMachine):
                         assert not self.ends[uid], "a word after the last word"
                         self.ids[uid] += [ids.popleft() for _ in range(count)]
                         self.ends[uid] += [FINISH_REASONS[code - 1]] if code else []
+                        given = self.ids[uid][-count:] if count else []
+                        wanted = [
+                            TokenLogprob(id_, -float(id_), ((id_, -float(id_)),)) for id_ in given if id_ % 3 == 0
+                        ]
+                        assert list(message.logprobs.get(uid, ())) == wanted
                     assert not ids
+                    assert message.logprobs.keys() <= set(message.uids)
 
     @invariant()
     def no_slot_is_wasted_or_shared(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        slots, running = self.scheduler.slots, self.scheduler.running
-        held = np.concatenate([request.held_slots for request in running] or [np.empty(0, np.int32)])
+        slots = self.scheduler.slots
+        held = np.concatenate([self.scheduler.rows.held(row) for row in self.taken_rows()] or [np.empty(0, np.int32)])
         assert slots.free + len(held) == slots.capacity
         assert len(np.unique(held)) == len(held)
         assert self.scheduler.waiting_tokens == sum(len(request.prompt) for request in self.scheduler.waiting)
+
+    @invariant()
+    def the_books_agree_with_what_plans_said(self) -> None:
+        for row in self.taken_rows() if hasattr(self, "scheduler") else ():
+            held = self.scheduler.rows.held(row)
+            assert (self.runner.index[row, : len(held)] == held).all()
+
+    @invariant()
+    def rows_go_to_those_who_live_and_the_first_come_first(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        living = [uid for uid, ends in self.ends.items() if not ends]
+        running = self.scheduler.rows.uids[self.taken_rows()].tolist()
+        assert len(running) == self.scheduler.rows.running
+        assert sorted(running + [request.uid for request in self.scheduler.waiting]) == sorted(living)
+        waiting = [request.uid for request in self.scheduler.waiting]
+        assert living[len(living) - len(waiting) :] == waiting
+
+    def taken_rows(self) -> list[int]:
+        return np.flatnonzero(self.scheduler.rows.uids != NOBODY).tolist()
 
     @invariant()
     def what_was_said_is_what_an_undisturbed_run_says(self) -> None:
@@ -163,7 +213,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "scheduler"):
-            while self.scheduler.waiting or self.scheduler.running or self.flights:
+            while self.scheduler.waiting or self.scheduler.rows.running or self.flights:
                 self.step(1)
             assert all(len(ends) == 1 for ends in self.ends.values()), "a request without a last word"
             assert self.scheduler.slots.held == 0
@@ -173,9 +223,9 @@ TestSchedulerLaws = SchedulerMachine.TestCase
 TestSchedulerLaws.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
-def scheduler(**limits: int) -> Scheduler:
-    usual = dict(rows=2, prefill_chunk_tokens=16, max_queued_requests=2, max_queued_tokens=30)
-    return Scheduler(TokenSlots(100), Conservative(100), **usual | limits, eos_ids=frozenset({EOS}))
+def scheduler(eos_ids: frozenset[int] = frozenset({EOS}), **limits: int) -> Scheduler:
+    usual = dict(rows=2, max_positions=100, prefill_chunk_tokens=16, max_queued_requests=2, max_queued_tokens=30)
+    return Scheduler(TokenSlots(100), Conservative(100), **usual | limits, eos_ids=eos_ids)
 
 
 def request(uid: int, prompt: int = 10, max_tokens: int = 5) -> Submit:
@@ -185,7 +235,7 @@ def request(uid: int, prompt: int = 10, max_tokens: int = 5) -> Submit:
 def test_what_can_never_fit_is_refused_at_once() -> None:
     (answer,) = scheduler().accept(request(1, prompt=60, max_tokens=42))
     assert answer == Refused(
-        1, 400, "context_length_exceeded", "prompt and max_tokens need 101 tokens of KV memory, the server has 100"
+        1, 400, "context_length_exceeded", "prompt and max_tokens need 101 tokens of KV memory, a request may have 100"
     )
 
 
@@ -210,10 +260,77 @@ def test_a_long_prompt_does_not_hold_up_running_streams() -> None:
     """Chunked prefill: who is decoding gets a token at every step while another's prompt is read."""
     books, runner = scheduler(rows=2), FakeRunner(0)
     books.accept(request(1, prompt=3, max_tokens=30))
-    plan, sampling = books.plan()
-    books.settle(sampling, runner.collect(runner.launch(plan)))
+    step_of(books, runner)
     books.accept(request(2, prompt=50, max_tokens=2))
     for chunk in (16, 16, 16, 2):
-        plan, sampling = books.plan()
-        assert [piece.tokens for piece in plan.pieces] == [1, chunk]
-        books.settle(sampling, runner.collect(runner.launch(plan)))
+        planned = books.plan()
+        assert len(planned.plan.decodes.rows) == 1 and [one.tokens for one in planned.plan.chunks] == [chunk]
+        books.settle(planned, runner.collect(runner.launch(planned.plan)))
+
+
+def step_of(books: Scheduler, runner: FakeRunner) -> Step:
+    planned = books.plan()
+    return books.settle(planned, runner.collect(runner.launch(planned.plan)))
+
+
+def sampled(*tokens: int) -> Sampled:
+    return Sampled(np.array(tokens, np.int32))
+
+
+def test_who_would_not_fit_into_a_row_is_refused() -> None:
+    (answer,) = scheduler(max_positions=50).accept(request(1, prompt=50, max_tokens=2))
+    assert answer.code == "context_length_exceeded"
+
+
+def test_a_row_that_changes_hands_in_flight_keeps_the_old_tokens_from_the_new_tenant() -> None:
+    """One step ahead: what was launched for the first tenant arrives when the second one already computes."""
+    books = scheduler(rows=1)
+    books.accept(request(1, max_tokens=9))
+    books.accept(request(2, max_tokens=2))
+    first, ahead = books.plan(), books.plan()
+    assert books.settle(first, sampled(EOS)).finished == (FINISHED["stop"],)
+    second = books.plan()
+    assert second.plan.sampling_rows.tolist() == ahead.plan.sampling_rows.tolist() == [0]
+    assert books.settle(ahead, sampled(7)).uids == ()
+    assert books.settle(second, sampled(8)) == Step((2,), (1,), np.array([8], "<i4").tobytes(), (0,), (0,))
+    assert books.settle(books.plan(), sampled(9)).finished == (FINISHED["length"],)
+    assert books.slots.held == 0 and books.plan() is None
+
+
+def test_who_is_aborted_in_flight_is_told_nothing_more_while_others_are() -> None:
+    books = scheduler(rows=2)
+    books.accept(request(1)), books.accept(request(2))
+    books.plan()  # 16 tokens: the first prompt, and part of the second
+    planned = books.plan()
+    assert [one.row for one in planned.plan.chunks] == [1] and planned.uids.tolist() == [1, 2]
+    (last_word,) = books.accept(Abort(1))
+    assert last_word.finished == (FINISHED["abort"],)
+    step = books.settle(planned, Sampled(np.array([5, -1], np.int32), {0: logprob_of(5), 1: logprob_of(0)}))
+    assert step == Step((2,), (0,), b"", (FINISHED["error"],), (0,))
+    assert books.slots.held == 0
+
+
+def test_a_full_queue_stays_full_for_those_who_would_fit_beside_its_head() -> None:
+    books = scheduler(max_queued_requests=1)
+    assert isinstance(books.accept(request(1, prompt=40, max_tokens=20))[0], Begin)
+    assert isinstance(books.accept(request(2, prompt=40, max_tokens=20))[0], Begin)  # waits for memory
+    assert isinstance(books.accept(request(3, prompt=1, max_tokens=1))[0], Refused)
+
+
+@pytest.mark.parametrize("eos_ids", [frozenset(), frozenset({2}), frozenset({0, 5, 39})])
+def test_every_eos_id_ends_and_no_other(eos_ids: frozenset[int]) -> None:
+    for token in (-1, 0, 1, 2, 3, 5, 38, 39, 40, 2**31 - 1):
+        books = scheduler(eos_ids=eos_ids)
+        books.accept(request(1))
+        expected = FINISHED["error"] if token < 0 else FINISHED["stop"] if token in eos_ids else STILL_RUNNING
+        assert books.settle(books.plan(), sampled(token)).finished == (expected,)
+
+
+@given(st.lists(st.tuples(st.integers(1, 2**31 - 1), st.integers(0, 9), st.integers(1, 2**31 - 1)), max_size=20))
+def test_the_predicted_peak_is_what_all_may_reach(requests: list[tuple[int, int, int]]) -> None:
+    one_by_one = [Demand(*one) for one in requests]
+    columns = Demands(*np.array(requests, np.int32).reshape(-1, 3).T)
+    peak = sum(demand.most for demand in one_by_one)
+    assert Conservative(1).predicted_peak(columns) == peak
+    assert Conservative(peak + 5).admits(Demand(3, 0, 3), columns)
+    assert not Conservative(peak + 4).admits(Demand(3, 0, 3), columns)

@@ -3,14 +3,15 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from tokenllm.checkpoint.description import ModelDescription, describe
 from tokenllm.config import ServeConfig
-from tokenllm.engine.batch import Piece, Plan
-from tokenllm.engine.runner import Runner
+from tokenllm.engine.batch import Chunk, Decodes, Plan
+from tokenllm.engine.runner import CpuRunner, Runner
 from tokenllm.host_memory import available_bytes
 from tokenllm.models.decoder import Decoder
 from tokenllm.models.weights import Precision, Track, load_decoder, open_weights
@@ -23,7 +24,7 @@ KV_SHARE_OF_MEMORY = 0.5  # of what is free once the weights are loaded; the res
 class Engine:
     """A runner that is ready to serve, and what was learned on the way."""
 
-    runner: Runner
+    runner: Runner[Any]
     kv_tokens: int
     max_model_len: int
     eos_ids: frozenset[int]
@@ -40,7 +41,7 @@ def start_engine(config: ServeConfig, path: Path, track: Track[int]) -> Engine:
     decoder = load_decoder(source, description, precision, device, context, track)
     kv_tokens = _kv_tokens(decoder, config.max_total_tokens, config.max_running_requests * context)
     context = min(context, kv_tokens)
-    runner = Runner(decoder, kv_tokens, config.max_running_requests, context)
+    runner = CpuRunner(decoder, kv_tokens, config.max_running_requests, context)
     _warm_up(runner, min(context, config.prefill_chunk_tokens))
     return Engine(runner, kv_tokens, context, description.eos_ids)
 
@@ -87,11 +88,11 @@ def _kv_tokens(decoder: Decoder, wanted: int, useful: int) -> int:
     return wanted or min(measured, useful)
 
 
-def _warm_up(runner: Runner, tokens: int) -> None:
+def _warm_up(runner: Runner[Any], tokens: int) -> None:
     """One prefill and one decode step, so that the first request finds every kernel prepared."""
-    slots = np.arange(tokens, dtype=np.int32)
-    rule = LogitsRule(seed=0, temperature=0.0)
-    prefill = Piece(0, 0, slots[:-1], np.zeros(tokens - 1, np.int32), True, rule, None)
-    decode = Piece(0, tokens - 1, slots[-1:], None, True, rule, None)
-    for piece in (prefill, decode) if tokens > 1 else ():
-        runner.collect(runner.launch(Plan((piece,))))
+    slots, row = np.arange(tokens, dtype=np.int32), np.zeros(1, np.int32)
+    ids, rule = np.zeros(tokens - 1, np.int32), LogitsRule(seed=0, temperature=0.0)
+    prefill = Plan(Decodes.none(), (Chunk(0, 0, slots[:-1], ids, True, rule, None),))
+    decode = Plan(Decodes(row, row + len(ids), slots[-1:]))
+    for plan in (prefill, decode) if tokens > 1 else ():
+        runner.collect(runner.launch(plan))

@@ -1,5 +1,6 @@
 """The scheduler process: loads the model, tells the circle that it is ready, and serves until it is killed."""
 
+import gc
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,7 +28,10 @@ def main() -> None:
     inboxes = [Receiver[Inbound](fds, Inbound) for fds in birth.inboxes]
     outbox = Sender[Midway](birth.outbox)
     ready = Ready(birth.generation, engine.kv_tokens, engine.max_model_len)
-    Loop(_scheduler(birth.config, engine), engine.runner, inboxes, outbox, Page(birth.page_fd), ready).serve()
+    loop = Loop(_scheduler(birth.config, engine), engine.runner, inboxes, outbox, Page(birth.page_fd), ready)
+    gc.collect()
+    gc.freeze()  # no collection walks again through what lives as long as the process: torch alone takes 100 ms
+    loop.serve()
 
 
 def _load(config: ServeConfig, path: Path) -> Engine:
@@ -48,6 +52,7 @@ def _scheduler(config: ServeConfig, engine: Engine) -> Scheduler:
         TokenSlots(engine.kv_tokens),
         Conservative(engine.kv_tokens),
         rows=config.max_running_requests,
+        max_positions=engine.max_model_len,
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         max_queued_requests=config.max_queued_requests,
         max_queued_tokens=config.max_queued_tokens,

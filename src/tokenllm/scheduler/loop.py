@@ -3,25 +3,27 @@
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 from tokenllm.counters import Page
-from tokenllm.engine.batch import Plan
-from tokenllm.engine.runner import Flight, Runner
+from tokenllm.engine.runner import Runner
 from tokenllm.messages import Begin, GatewayLost, Inbound, Midway, Ready
 from tokenllm.ring import Receiver, RingCorrupt, RingFull, Sender, wait_for_any
-from tokenllm.scheduler.request import Request
-from tokenllm.scheduler.scheduler import Scheduler
+from tokenllm.scheduler.scheduler import Planned, Scheduler
+
+Flight = TypeVar("Flight")
 
 RING_B_RETRY_S = 0.001
+BYTES_PER_ID = 4
 
 
-class Loop:
+class Loop(Generic[Flight]):
     """Joins a scheduler and a runner to the rings. At most `runner.ahead + 1` steps are in flight."""
 
     def __init__(
         self,
         scheduler: Scheduler,
-        runner: Runner,
+        runner: Runner[Flight],
         inboxes: Sequence[Receiver[Inbound]],
         outbox: Sender[Midway],
         page: Page,
@@ -29,20 +31,24 @@ class Loop:
     ) -> None:
         self._scheduler, self._runner = scheduler, runner
         self._inboxes, self._outbox, self._page, self._ready = inboxes, outbox, page, ready
-        self._flights: deque[tuple[Flight, tuple[Request, ...], float]] = deque()
+        self._flights: deque[tuple[Flight, Planned, float]] = deque()
 
     def serve(self) -> None:
         send_when_room(self._outbox, self._ready)
         while True:
-            self._receive()
-            planned = self._scheduler.plan()
-            self._publish()
-            if planned:
-                self._launch(*planned)
-            if len(self._flights) > self._runner.ahead or (self._flights and not planned):
-                self._collect()
-            if not planned and not self._flights:
+            if not self.turn():
                 wait_for_any(self._inboxes, timeout_s=None)
+
+    def turn(self) -> bool:
+        """Receive, plan, run, send. Whether there is anything left to do."""
+        self._receive()
+        planned = self._scheduler.plan()
+        self._publish()
+        if planned:
+            self._launch(planned)
+        if len(self._flights) > self._runner.ahead or (self._flights and not planned):
+            self._collect()
+        return bool(planned or self._flights)
 
     def _receive(self) -> None:
         try:
@@ -61,18 +67,18 @@ class Loop:
         if isinstance(message, GatewayLost):
             send_when_room(self._outbox, self._ready)  # for its successor, who may not have heard it
 
-    def _launch(self, plan: Plan, sampling: tuple[Request, ...]) -> None:
+    def _launch(self, planned: Planned) -> None:
         began = time.monotonic()
-        self._flights.append((self._runner.launch(plan), sampling, began))
-        prompt_tokens = sum(piece.tokens for piece in plan.pieces if piece.ids is not None)
-        self._page.add("tokenllm_prompt_tokens_computed_total", prompt_tokens)
+        plan = planned.plan
+        self._flights.append((self._runner.launch(plan), planned, began))
+        self._page.add("tokenllm_prompt_tokens_computed_total", plan.tokens - len(plan.decodes.rows))
 
     def _collect(self) -> None:
-        flight, sampling, began = self._flights.popleft()
-        step = self._scheduler.settle(sampling, self._runner.collect(flight))
+        flight, planned, began = self._flights.popleft()
+        step = self._scheduler.settle(planned, self._runner.collect(flight))
         now = time.monotonic()
         self._page.add("tokenllm_steps_total")
-        self._page.add("tokenllm_generation_tokens_total", sum(step.counts))
+        self._page.add("tokenllm_generation_tokens_total", len(step.ids) // BYTES_PER_ID)
         self._page.observe("tokenllm_step_seconds", now - began)
         self._page.set("tokenllm_last_step_monotonic_seconds", now)
         if step.uids:
@@ -83,10 +89,9 @@ class Loop:
         page.set("tokenllm_kv_tokens_capacity", scheduler.slots.capacity)
         page.set("tokenllm_kv_tokens_free", scheduler.slots.free)
         page.set("tokenllm_kv_tokens_active", scheduler.slots.held)
-        page.set("tokenllm_requests_running", len(scheduler.running))
+        page.set("tokenllm_requests_running", scheduler.rows.running)
         page.set("tokenllm_requests_waiting", len(scheduler.waiting))
-        peak = scheduler.policy.predicted_peak(request.demand for request in scheduler.running)
-        page.set("tokenllm_predicted_peak_tokens", peak)
+        page.set("tokenllm_predicted_peak_tokens", scheduler.predicted_peak)
 
 
 def send_when_room(outbox: Sender[Midway], message: Midway) -> None:

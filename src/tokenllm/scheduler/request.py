@@ -1,15 +1,15 @@
-"""A request while the scheduler works on it."""
+"""A request as it was accepted: what it asks for, and where it runs. How far it has come is in its row's columns."""
 
 import numpy as np
 
-from tokenllm.engine.batch import LogitsRule, Piece
+from tokenllm.engine.batch import Chunk, LogitsRule
 from tokenllm.memory.token_slots import Slots
-from tokenllm.messages import FinishReason, Submit
+from tokenllm.messages import Submit
 from tokenllm.routing.policy import Demand
 
 
 class Request:
-    """An accepted request. It holds a row of the batch and one token slot per planned token while it runs."""
+    """An accepted request. It holds a row of the batch from its admission to its end."""
 
     def __init__(self, submit: Submit) -> None:
         sampling = submit.sampling
@@ -26,47 +26,15 @@ class Request:
             frequency_penalty=sampling.frequency_penalty,
             presence_penalty=sampling.presence_penalty,
         )
-        self.row = -1  # given when it starts to run
-        self.planned = 0  # tokens whose K and V are in memory, or on their way
-        self.sampled = 0  # tokens generated, or on their way
-        self.generated = 0  # tokens generated and known
-        self.finished = False
-        self._slots = np.empty(0, dtype=np.int32)  # slot of each position
-
-    @property
-    def held_slots(self) -> Slots:
-        return self._slots[: self.planned]
-
-    @property
-    def prompt_left(self) -> int:
-        return max(0, len(self.prompt) - self.planned)
-
-    @property
-    def wants_step(self) -> bool:
-        return self.sampled < self.max_tokens
+        self.row: int | None = None  # none while it waits
 
     @property
     def demand(self) -> Demand:
-        return Demand(len(self.prompt), self.sampled, self.max_tokens)
+        """What it may take, before it has begun."""
+        return Demand(len(self.prompt), 0, self.max_tokens)
 
-    def finish_reason(self, token: int, eos_ids: frozenset[int]) -> FinishReason | None:
-        """How the request ends with this token, its newest; None when it goes on."""
-        if token < 0:
-            return "error"
-        if token in eos_ids and not self.ignore_eos:
-            return "stop"
-        return "length" if self.generated == self.max_tokens else None
-
-    def start(self, row: int) -> None:
-        self.row = row
-        self._slots = np.empty(len(self.prompt) + self.max_tokens, dtype=np.int32)
-
-    def next_piece(self, slots: Slots) -> Piece:
-        """The request's share of the next step: as many tokens as there are slots, recorded as planned."""
-        start, end = self.planned, self.planned + len(slots)
-        ids = self.prompt[start:end] if start < len(self.prompt) else None
-        self._slots[start:end] = slots
-        self.planned = end
-        samples = end >= len(self.prompt)
-        self.sampled += samples
-        return Piece(self.row, start, slots, ids, samples, self.rule, self.logprobs)
+    def chunk(self, row: int, start: int, slots: Slots) -> Chunk:
+        """The tokens of its prompt from `start` on, as many as there are slots."""
+        end = start + len(slots)
+        samples = end == len(self.prompt)
+        return Chunk(row, start, slots, self.prompt[start:end], samples, self.rule, self.logprobs)

@@ -6,12 +6,15 @@ may run ahead of settling: a token planned past a stop is dropped, and slots giv
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from tokenllm.engine.batch import Plan, Sampled
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenllm.engine.batch import Chunk, Column, Decodes, Plan, Sampled
 from tokenllm.memory.token_slots import TokenSlots
 from tokenllm.messages import (
     FINISH_REASONS,
-    STILL_RUNNING,
     Abort,
     Begin,
     FinishReason,
@@ -25,8 +28,17 @@ from tokenllm.messages import (
 )
 from tokenllm.routing.policy import Conservative
 from tokenllm.scheduler.request import Request
+from tokenllm.scheduler.rows import Rows, Uids
 
-FINISHED = {reason: 1 + code for code, reason in enumerate(FINISH_REASONS)}
+FINISHED: dict[FinishReason, int] = {reason: 1 + code for code, reason in enumerate(FINISH_REASONS)}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step, and whose tokens it samples: when they are known, a row may belong to somebody else."""
+
+    plan: Plan
+    uids: Uids  # in the order of `plan.sampling_rows`
 
 
 class Scheduler:
@@ -38,6 +50,7 @@ class Scheduler:
         policy: Conservative,
         *,
         rows: int,
+        max_positions: int,
         prefill_chunk_tokens: int,
         max_queued_requests: int,
         max_queued_tokens: int,
@@ -45,14 +58,19 @@ class Scheduler:
     ) -> None:
         self.slots = slots
         self.policy = policy
+        self.rows = Rows(rows, max_positions)
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
         self.waiting_tokens = 0
+        self._reading: deque[Request] = deque()  # those who run and whose prompts are not planned to the end
         self._requests: dict[int, Request] = {}  # all that wait or run, by uid
-        self._free_rows = list(range(rows))[::-1]
+        self._may_admit = False  # somebody came or went since the policy was last asked
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._max_queued = max_queued_requests, max_queued_tokens
-        self._eos_ids = eos_ids
+        self._is_eos = _table_of(eos_ids)
+
+    @property
+    def predicted_peak(self) -> int:
+        return self.policy.predicted_peak(self.rows.demands())
 
     def accept(self, message: Inbound) -> list[Begin | Refused | Step]:
         """Take a message; what it returns is for the detokenizer."""
@@ -71,58 +89,23 @@ class Scheduler:
         self._requests[submit.uid] = request
         self.waiting.append(request)
         self.waiting_tokens += len(request.prompt)
+        self._may_admit = True
         self._admit()
         return Begin(submit.uid, len(request.prompt), submit.stop)
 
     def _refusal(self, submit: Submit, request: Request) -> Refused | None:
-        most, capacity = request.demand.most, self.slots.capacity
-        if most > capacity:
-            word = f"prompt and max_tokens need {most} tokens of KV memory, the server has {capacity}"
+        most, longest = request.demand.most, min(self.slots.capacity, self.rows.max_positions)
+        if most > longest:
+            word = f"prompt and max_tokens need {most} tokens of KV memory, a request may have {longest}"
             return Refused(submit.uid, 400, "context_length_exceeded", word)
         if submit.adapter or submit.media:
             return Refused(submit.uid, 400, "unsupported_parameter", "adapters and media are not served")
         if not len(request.prompt):
             return Refused(submit.uid, 400, "invalid_value", "the prompt is empty")
-        if not self._may_start(request) and not self._may_wait(request):
+        if not self._may_wait(request) and (self.waiting or not self._may_start(request)):
             word = f"the queue is full: {len(self.waiting)} requests with {self.waiting_tokens} prompt tokens wait"
             return Refused(submit.uid, 429, "queue_full", word)
         return None
-
-    def _abort(self, uids: Iterable[int]) -> list[Begin | Refused | Step]:
-        requests = [self._requests[uid] for uid in uids if uid in self._requests]
-        for request in requests:
-            self._finish(request)
-        return [_last_words(requests, "abort")] if requests else []
-
-    def _finish(self, request: Request) -> None:
-        request.finished = True
-        del self._requests[request.uid]
-        if request in self.running:
-            self.running.remove(request)
-            self.slots.give_back(request.held_slots)
-            self._free_rows.append(request.row)
-        else:
-            self.waiting.remove(request)
-            self.waiting_tokens -= len(request.prompt)
-
-    def plan(self) -> tuple[Plan, tuple[Request, ...]] | None:
-        """The next step and the requests of its pieces that sample; None when there is nothing to compute."""
-        self._admit()
-        shares = [(request, 1) for request in self.running if not request.prompt_left and request.wants_step]
-        budget = self._prefill_chunk_tokens
-        for request in self.running:
-            if budget and request.prompt_left:
-                shares.append((request, min(budget, request.prompt_left)))
-                budget -= shares[-1][1]
-        if not shares:
-            return None
-        pieces = tuple(request.next_piece(self.slots.take(tokens)) for request, tokens in shares)
-        return Plan(pieces), tuple(r for (r, _), piece in zip(shares, pieces, strict=True) if piece.samples)
-
-    def _may_start(self, request: Request) -> bool:
-        """Whether there is a row and, by the policy, memory for it."""
-        running = (other.demand for other in self.running)
-        return bool(self._free_rows) and self.policy.admits(request.demand, running)
 
     def _may_wait(self, request: Request) -> bool:
         """Whether the queue takes one more; a prompt of any length may stand in an empty one."""
@@ -130,41 +113,110 @@ class Scheduler:
         short = not self.waiting or self.waiting_tokens + len(request.prompt) <= max_tokens
         return len(self.waiting) < max_requests and short
 
+    def _may_start(self, request: Request) -> bool:
+        """Whether there is a row and, by the policy, memory for it."""
+        return self.rows.any_free and self.policy.admits(request.demand, self.rows.demands())
+
     def _admit(self) -> None:
         """First come, first served, as long as rows and the policy allow."""
-        while self.waiting and self._may_start(self.waiting[0]):
+        while self._may_admit and self.waiting and self._may_start(self.waiting[0]):
             request = self.waiting.popleft()
             self.waiting_tokens -= len(request.prompt)
-            request.start(self._free_rows.pop())
-            self.running.append(request)
+            request.row = self.rows.admit(request)
+            self._reading.append(request)
+        self._may_admit = False
 
-    def settle(self, requests: tuple[Request, ...], outcome: tuple[Sampled, ...]) -> Step:
+    def _abort(self, uids: Iterable[int]) -> list[Begin | Refused | Step]:
+        known = tuple(uid for uid in uids if uid in self._requests)
+        for uid in known:
+            self._finish(uid)
+        return [_last_words(known, "abort")] if known else []
+
+    def _finish(self, uid: int) -> None:
+        request = self._requests.pop(uid)
+        self._may_admit = True
+        if request.row is None:
+            self.waiting.remove(request)
+            self.waiting_tokens -= len(request.prompt)
+            return
+        if not self.rows.decodes[request.row]:
+            self._reading.remove(request)
+        self.slots.give_back(self.rows.release(request.row))
+
+    def plan(self) -> Planned | None:
+        """The next step; None when there is nothing to compute."""
+        self._admit()
+        decodes, chunks = self._decodes(), tuple(self._chunks())
+        if not len(decodes.rows) and not chunks:
+            return None
+        plan = Plan(decodes, chunks)
+        return Planned(plan, self.rows.uids[plan.sampling_rows])
+
+    def _decodes(self) -> Decodes:
+        rows = self.rows.wanting_a_token()
+        return self.rows.decode(rows, self.slots.take(len(rows)))
+
+    def _chunks(self) -> Iterable[Chunk]:
+        """Prompts are read in the order of admission, so many tokens in one step."""
+        budget = self._prefill_chunk_tokens
+        while budget and self._reading:
+            chunk = self._chunk(self._reading[0], budget)
+            if chunk.samples:
+                self._reading.popleft()
+            budget -= chunk.tokens
+            yield chunk
+
+    def _chunk(self, request: Request, most_tokens: int) -> Chunk:
+        row = request.row
+        assert row is not None, "who reads a prompt has a row"
+        left = len(request.prompt) - int(self.rows.planned[row])
+        slots = self.slots.take(min(most_tokens, left))
+        return request.chunk(row, self.rows.read(row, slots), slots)
+
+    def settle(self, planned: Planned, sampled: Sampled) -> Step:
         """Enter what a step sampled, finish who is done, and tell the detokenizer."""
-        told = [(request, sampled) for request, sampled in zip(requests, outcome, strict=True) if not request.finished]
-        reasons = [self._enter(request, sampled.token) for request, sampled in told]
-        valid = [(request, sampled) for request, sampled in told if sampled.token >= 0]
+        rows = planned.plan.sampling_rows
+        lives = self.rows.uids[rows] == planned.uids  # who ended after the launch has had a last word already
+        rows, uids, tokens = rows[lives], tuple(planned.uids[lives].tolist()), sampled.tokens[lives]
+        self.rows.generated[rows] += 1
+        finished, valid = self._finished(rows, tokens), tokens >= 0
+        for place in finished.nonzero()[0]:
+            self._finish(uids[place])
         return Step(
-            uids=tuple(request.uid for request, _ in told),
-            counts=tuple(int(sampled.token >= 0) for _, sampled in told),
-            ids=b"".join(sampled.token.to_bytes(4, "little") for _, sampled in valid),
-            finished=tuple(FINISHED[reason] if reason else STILL_RUNNING for reason in reasons),
-            cached_tokens=(0,) * len(told),
-            logprobs={r.uid: (TokenLogprob(s.token, s.logprob, s.top),) for r, s in valid if s.logprob is not None},
+            uids=uids,
+            counts=tuple(valid.view(np.int8).tolist()),
+            ids=tokens[valid].tobytes(),
+            finished=tuple(finished.tolist()),
+            cached_tokens=(0,) * len(uids),
+            logprobs=_logprobs(planned.uids, sampled, lives) if sampled.logprobs else {},
         )
 
-    def _enter(self, request: Request, token: int) -> FinishReason | None:
-        request.generated += 1
-        reason = request.finish_reason(token, self._eos_ids)
-        if reason:
-            self._finish(request)
-        return reason
+    def _finished(self, rows: Column, tokens: Column) -> NDArray[np.int8]:
+        """How each row ends with this token, its newest, in the numbers of `Step.finished`."""
+        at_length = self.rows.generated[rows] == self.rows.max_tokens[rows]
+        finished = at_length * np.int8(FINISHED["length"])
+        finished[self._is_eos[tokens.clip(-1, len(self._is_eos) - 1)] & self.rows.heeds_eos[rows]] = FINISHED["stop"]
+        finished[tokens < 0] = FINISHED["error"]
+        return finished
 
 
-def _last_words(requests: list[Request], reason: FinishReason) -> Step:
-    return Step(
-        uids=tuple(request.uid for request in requests),
-        counts=(0,) * len(requests),
-        ids=b"",
-        finished=(FINISHED[reason],) * len(requests),
-        cached_tokens=(0,) * len(requests),
-    )
+def _table_of(eos_ids: frozenset[int]) -> NDArray[np.bool_]:
+    """Whether an id is among them. The last entry never is: it stands for all higher ids, and for -1."""
+    table = np.zeros(max(eos_ids, default=-1) + 2, bool)
+    table[list(eos_ids)] = True
+    return table
+
+
+def _logprobs(uids: Uids, sampled: Sampled, lives: NDArray[np.bool_]) -> dict[int, tuple[TokenLogprob]]:
+    """Of those who asked, live, and got a token."""
+    told = {}
+    for place, found in sampled.logprobs.items():
+        token = int(sampled.tokens[place])
+        if lives[place] and token >= 0:
+            told[int(uids[place])] = (TokenLogprob(token, found.chosen, found.top),)
+    return told
+
+
+def _last_words(uids: tuple[int, ...], reason: FinishReason) -> Step:
+    none = (0,) * len(uids)
+    return Step(uids=uids, counts=none, ids=b"", finished=(FINISHED[reason],) * len(uids), cached_tokens=none)
