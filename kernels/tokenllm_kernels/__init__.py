@@ -1,5 +1,13 @@
-"""What the GPU does, each function once as plain torch (`reference.py`): its definition, its oracle, the CPU path."""
+"""What the processor computes: each function as plain torch in `reference`, its definition, oracle and CPU path, and as
+Triton in `gpu`, which is imported where there is a GPU alone.
+"""
 
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tokenllm_kernels import reference
 from tokenllm_kernels.reference import (
     Attention,
     Linear,
@@ -9,6 +17,7 @@ from tokenllm_kernels.reference import (
     embed,
     in_half_range,
     linear,
+    linear_silu_mul,
     philox_uniform,
     plan_attention,
     prepare_linear,
@@ -22,13 +31,16 @@ from tokenllm_kernels.reference import (
 
 __all__ = [
     "Attention",
+    "Kernels",
     "Linear",
     "LogitsRule",
     "add_rms_norm",
     "attention",
     "embed",
     "in_half_range",
+    "kernels_for",
     "linear",
+    "linear_silu_mul",
     "philox_uniform",
     "plan_attention",
     "prepare_linear",
@@ -39,3 +51,31 @@ __all__ = [
     "silu_mul",
     "top_logprobs",
 ]
+
+
+class Kernels(Protocol):
+    """What a decoder is made of; both modules offer it. See `reference` for shapes and meanings."""
+
+    def embed(self, ids: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor: ...
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
+    def linear(self, x: Tensor, w: Linear) -> Tensor: ...
+    def linear_silu_mul(self, x: Tensor, w: Linear) -> Tensor: ...
+    def rope_and_store(
+        self,
+        qkv: Tensor,
+        table: Tensor,
+        kv: Tensor,
+        slots: Tensor,
+        heads: int,
+        qk_norm: tuple[Tensor, Tensor, float] | None = None,
+    ) -> Tensor: ...
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """The kernels of a device: Triton's on a GPU, plain torch elsewhere."""
+    if device.type == "cuda":
+        from tokenllm_kernels import gpu
+
+        return gpu
+    return reference

@@ -1,5 +1,6 @@
 """Every family equals transformers on a random tiny model of its own, read from a Hugging Face folder."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tokenllm.checkpoint import CheckpointError
 from tokenllm.checkpoint.description import describe
 from tokenllm.models.decoder import Decoder
 from tokenllm.models.weights import Precision, load_decoder, open_weights
-from tokenllm_kernels import plan_attention
+from tokenllm_kernels import attention, plan_attention
 
 TINY = dict(
     hidden_size=64,
@@ -71,8 +72,8 @@ def logits_of(decoder: Decoder, ids: torch.Tensor, chunk: int) -> torch.Tensor:
     for start in range(0, total, chunk):
         positions = torch.arange(start, min(start + chunk, total))
         plan = plan_attention(index, [0], [start], [len(positions)], total, decoder.dtype)
-        every = torch.arange(len(positions))
-        parts.append(decoder(ids[positions], positions, slots[positions], kv, plan, every))
+        x = decoder.hidden(ids[positions], positions, slots[positions], kv, partial(attention, plan=plan))
+        parts.append(decoder.logits(x))
     return torch.cat(parts)
 
 

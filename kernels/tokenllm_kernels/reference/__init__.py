@@ -7,7 +7,7 @@ Shapes: `tokens` is the ragged batch laid end to end; `slots` count tokens of KV
 
 from tokenllm_kernels.reference.attention import Attention, attention, plan_attention
 from tokenllm_kernels.reference.layers import add_rms_norm, embed, rms_norm, rope_and_store, rope_table, silu_mul
-from tokenllm_kernels.reference.linear import Linear, in_half_range, linear, prepare_linear
+from tokenllm_kernels.reference.linear import Linear, in_half_range, linear, linear_silu_mul, prepare_linear
 from tokenllm_kernels.reference.sampling import LogitsRule, philox_uniform, sample, top_logprobs
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "embed",
     "in_half_range",
     "linear",
+    "linear_silu_mul",
     "philox_uniform",
     "plan_attention",
     "prepare_linear",

@@ -40,7 +40,8 @@ def rope_table(inverse_frequencies: Tensor, positions: int, dtype: torch.dtype, 
 def _rotate(x: Tensor, table: Tensor) -> Tensor:
     """The rotation of RoPE on halves: (a, b) → (a·cos - b·sin, b·cos + a·sin) (Su et al., 2021)."""
     cos, sin = table[:, :1], table[:, 1:]  # [tokens, 1, head_dim]
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    wide = x.to(table.dtype)
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def rope_and_store(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokenllm_kernels.reference.layers import silu_mul
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -54,3 +56,8 @@ def linear(x: Tensor, w: Linear) -> Tensor:
             return torch.ops.mkldnn._linear_pointwise(x, w.weight, w.bias, "none", [], "")
         case _:
             return functional.linear(x, w.weight, w.bias)
+
+
+def linear_silu_mul(x: Tensor, w: Linear) -> Tensor:
+    """silu(gate) · up of (gate ‖ up) = x @ weight.T: [tokens, in] → [tokens, out / 2]."""
+    return silu_mul(linear(x, w))

@@ -7,6 +7,7 @@ is remembered here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tokenllm.engine.batch import Chunk, Logprob, Plan, Sampled
 from tokenllm.models.decoder import Decoder
-from tokenllm_kernels import LogitsRule, plan_attention, sample, top_logprobs
+from tokenllm_kernels import LogitsRule, attention, plan_attention, sample, top_logprobs
 
 F = TypeVar("F")
 
@@ -78,9 +79,10 @@ class CpuRunner:
         positions = _end_to_end(decodes.positions, *(np.arange(chunk.start, chunk.end) for chunk in chunks))
         slots = _end_to_end(decodes.slots, *(chunk.slots for chunk in chunks))
         self._index[np.repeat(rows, counts), positions] = slots.int()
-        attention = plan_attention(self._index, rows, starts, counts, self._padding_slot, self._decoder.dtype)
+        attention_plan = plan_attention(self._index, rows, starts, counts, self._padding_slot, self._decoder.dtype)
         last = _last_places(plan, counts)
-        logits = self._decoder(self._ids(plan), positions, slots, self._kv, attention, last)
+        x = self._decoder.hidden(self._ids(plan), positions, slots, self._kv, partial(attention, plan=attention_plan))
+        logits = self._decoder.logits(x.index_select(0, last)).float()
         self._wishes.update((chunk.row, self._wish(chunk)) for chunk in chunks if chunk.samples)
         wishes = [self._wishes[row] for row in plan.sampling_rows.tolist()]
         tokens = self._sample(logits, wishes, positions[last] + 1)

@@ -2,23 +2,16 @@
 positions over token-granular KV memory, gated MLP. Everything a layer needs is an argument or a field.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from tokenllm_kernels import (
-    Attention,
-    Linear,
-    add_rms_norm,
-    attention,
-    embed,
-    linear,
-    rms_norm,
-    rope_and_store,
-    silu_mul,
-)
+from tokenllm_kernels import Kernels, Linear
+
+Attend: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (q, KV memory of the layer) → [tokens, heads · head_dim]
 
 
 @dataclass(frozen=True)
@@ -48,6 +41,7 @@ class Decoder:
     head_dim: int
     eps: float
     dtype: torch.dtype  # of the activations and of KV memory
+    kernels: Kernels
 
     @property
     def vocab_size(self) -> int:
@@ -68,20 +62,23 @@ class Decoder:
             layer[slots] = 0
         return memory
 
-    def __call__(
-        self, ids: Tensor, positions: Tensor, slots: Tensor, kv: Sequence[Tensor], plan: Attention, last: Tensor
-    ) -> Tensor:
-        """Run a ragged batch: ids, positions and slots are [tokens]; `last` [rows] picks the tokens whose logits are
-        wanted. Writes K and V of every token to its slot. Returns logits [rows, vocab] in float32.
+    def hidden(self, ids: Tensor, positions: Tensor, slots: Tensor, kv: Sequence[Tensor], attend: Attend) -> Tensor:
+        """Run a ragged batch through all layers: ids, positions and slots are [tokens]. Writes K and V of every token
+        to its slot; `attend` knows who sees what. Returns [tokens, hidden], normalised.
         """
+        ops = self.kernels
         rope = self.rope.index_select(0, positions)
-        residual = embed(ids, self.embedding, self.dtype)
-        x = rms_norm(residual, self.layers[0].input_norm, self.eps)
+        residual = ops.embed(ids, self.embedding, self.dtype)
+        x = ops.rms_norm(residual, self.layers[0].input_norm, self.eps)
         following = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         for layer, memory, next_norm in zip(self.layers, kv, following, strict=True):
-            q = rope_and_store(linear(x, layer.qkv), rope, memory, slots, self.heads, layer.qk_norm)
-            attended = linear(attention(q, memory, plan), layer.o)
-            x, residual = add_rms_norm(attended, residual, layer.post_norm, self.eps)
-            fed = linear(silu_mul(linear(x, layer.gate_up)), layer.down)
-            x, residual = add_rms_norm(fed, residual, next_norm, self.eps)
-        return linear(x.index_select(0, last), self.head).float()
+            q = ops.rope_and_store(ops.linear(x, layer.qkv), rope, memory, slots, self.heads, layer.qk_norm)
+            attended = ops.linear(attend(q, memory), layer.o)
+            x, residual = ops.add_rms_norm(attended, residual, layer.post_norm, self.eps)
+            fed = ops.linear(ops.linear_silu_mul(x, layer.gate_up), layer.down)
+            x, residual = ops.add_rms_norm(fed, residual, next_norm, self.eps)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[rows, hidden] → [rows, vocab]."""
+        return self.kernels.linear(x, self.head)

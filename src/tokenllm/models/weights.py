@@ -18,7 +18,7 @@ from tokenllm.checkpoint.description import ModelDescription, read_json
 from tokenllm.checkpoint.gguf import read_gguf
 from tokenllm.models.decoder import Decoder, Layer
 from tokenllm.models.families import Family, family_of
-from tokenllm_kernels import Linear, in_half_range, prepare_linear, rope_table
+from tokenllm_kernels import Linear, in_half_range, kernels_for, prepare_linear, rope_table
 
 T = TypeVar("T")
 Track = Callable[[Iterable[T]], Iterable[T]]  # shows progress over what it passes on
@@ -150,12 +150,13 @@ def load_decoder(
         layers=tuple(build.layer(i) for i in track(range(d.layers))),
         norm=build.tensor(f"{family.norm}.weight", d.hidden_size),
         head=head,
-        rope=rope_table(inverse_frequencies(d), max_positions, precision.activations).to(device),
+        rope=rope_table(inverse_frequencies(d), max_positions, torch.float32).to(device),
         heads=d.heads,
         kv_heads=d.kv_heads,
         head_dim=d.head_dim,
         eps=d.rms_norm_eps,
         dtype=precision.activations,
+        kernels=kernels_for(device),
     )
 
 

@@ -1,0 +1,169 @@
+"""Matrix products with few tokens: the weight is read once, at the speed of memory.
+
+At decode a product is a stream of weights, and cuBLAS leaves 10 to 40 % of the bandwidth of the smaller shapes unused.
+Here a program owns BLOCK_N rows of the weight and, when there are too few rows to fill the GPU, a share of their
+columns (split-K): partial sums go through memory and the last program to arrive adds them up in a fixed order. The
+weight is the left operand of the tensor core product, so its rows fill the large side of the instruction and the tokens
+the small one.
+
+Which is quicker, and with which tiles, was measured per shape and number of tokens (`load_tests/gpu/tune_linear.py`
+writes `linear_h100.json`); cuBLAS is one of the candidates.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from tokenllm_kernels.gpu.device import is_hopper
+from tokenllm_kernels.gpu.layers import silu_mul
+from tokenllm_kernels.reference import Linear
+
+MOST_TOKENS = 128  # beyond, the product is no longer bound by the weight alone, and cuBLAS is at home
+SPLIT_WORKSPACE = 1 << 23  # float32 numbers
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut."""
+
+    block_n: int
+    block_k: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class SplitWorkspace:
+    """Where programs that share rows leave their sums. One per stream of work: products follow each other."""
+
+    sums: Tensor  # [SPLIT_WORKSPACE] float32
+    arrived: Tensor  # [row blocks] int32, zero between launches
+
+    @staticmethod
+    @cache
+    def of(device: torch.device) -> "SplitWorkspace":
+        return SplitWorkspace(
+            torch.empty(SPLIT_WORKSPACE, dtype=torch.float32, device=device),
+            torch.zeros(1 << 14, dtype=torch.int32, device=device),
+        )
+
+
+@triton.jit
+def _few_tokens_kernel(
+    x, weight, bias, out, sums, arrived, tokens, features, depth, share,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out [tokens, features] = x [tokens, depth] · weight [features, depth]ᵀ; GATED: weight [2 · features, depth]."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    row = tl.minimum(n, features - 1).to(tl.int64) * depth
+    column = tl.minimum(m, tokens - 1) * depth
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in tl.range(split * share, tl.minimum((split + 1) * share, depth), BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        inputs = tl.load(x + column[None, :] + k[:, None])
+        acc = tl.dot(tl.load(weight + row[:, None] + k[None, :]), inputs, acc, input_precision=PRECISION)
+        if GATED:
+            second = tl.load(weight + features.to(tl.int64) * depth + row[:, None] + k[None, :])
+            up = tl.dot(second, inputs, up, input_precision=PRECISION)
+    if SPLITS > 1:
+        acc, up, last = _add_up(sums, arrived, acc, up, block, split, SPLITS, GATED, BLOCK_N, BLOCK_M)
+    else:
+        last = True
+    if last:
+        if BIAS:
+            acc += tl.load(bias + tl.minimum(n, features - 1)).to(tl.float32)[:, None]
+        if GATED:
+            narrow = out.dtype.element_ty  # rounded as if gate and up had been stored
+            gate = acc.to(narrow).to(tl.float32)
+            acc = gate / (1.0 + tl.exp(-gate)) * up.to(narrow).to(tl.float32)
+        target = out + m[None, :].to(tl.int64) * features + n[:, None]
+        tl.store(target, acc.to(out.dtype.element_ty), mask=(m < tokens)[None, :] & (n < features)[:, None])
+
+
+@triton.jit
+def _add_up(
+    sums, arrived, acc, up, block, split,
+    SPLITS: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Leave this split's sums; whoever comes last returns the sums of all, in the order of the splits."""
+    PARTS: tl.constexpr = 2 if GATED else 1
+    SIZE: tl.constexpr = BLOCK_N * BLOCK_M
+    inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    here = sums + block * (SPLITS * PARTS * SIZE) + inner
+    tl.store(here + split * PARTS * SIZE, acc)
+    if GATED:
+        tl.store(here + (split * PARTS + 1) * SIZE, up)
+    tl.debug_barrier()  # all threads' sums are written before one of them says so
+    last = tl.atomic_add(arrived + block, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        tl.debug_barrier()
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for i in tl.static_range(SPLITS):
+            acc += tl.load(here + i * PARTS * SIZE, cache_modifier=".cg")
+            if GATED:
+                up += tl.load(here + (i * PARTS + 1) * SIZE, cache_modifier=".cg")
+        tl.store(arrived + block, 0)
+    return acc, up, last
+
+
+def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles, *, gated: bool = False) -> Tensor:
+    """x [tokens, in] · weight [out, in]ᵀ (+ bias) → [tokens, out], for at most `MOST_TOKENS` tokens.
+
+    `gated`: the weight is gate over up, and the result silu(gate) · up [tokens, out / 2]. `in` is a multiple of
+    `tiles.block_k`.
+    """
+    (tokens, depth), rows = x.shape, weight.shape[0]
+    features = rows // 2 if gated else rows
+    out = x.new_empty(tokens, features)
+    share = triton.cdiv(depth, tiles.splits * tiles.block_k) * tiles.block_k
+    workspace = SplitWorkspace.of(x.device)
+    _few_tokens_kernel[(triton.cdiv(features, tiles.block_n), tiles.splits)](
+        x, weight, x if bias is None else bias, out, workspace.sums, workspace.arrived,
+        tokens, features, depth, share,
+        BLOCK_M=max(16, triton.next_power_of_2(tokens)), BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+        SPLITS=tiles.splits, GATED=gated, BIAS=bias is not None, STAGES=tiles.stages,
+        PRECISION="ieee" if x.dtype == torch.float32 else None, num_warps=tiles.warps,
+    )  # fmt: skip
+    return out
+
+
+@cache
+def _measured() -> dict[str, list[int]]:
+    return json.loads((Path(__file__).parent / "linear_h100.json").read_text())["tiles"]
+
+
+@cache
+def tiles_for(tokens: int, features: int, depth: int, *, gated: bool, device: torch.device) -> Tiles | None:
+    """The quickest tiles that were measured for this shape; None where cuBLAS is quicker or nothing was measured."""
+    if tokens > MOST_TOKENS or not is_hopper(device):
+        return None
+    bucket = max(16, triton.next_power_of_2(tokens))
+    found = _measured().get(f"{'gated ' if gated else ''}{features}x{depth} m{bucket}")
+    return Tiles(*found) if found else None
+
+
+def linear(x: Tensor, w: Linear) -> Tensor:
+    """x [tokens, in] @ weight.T + bias → [tokens, out]."""
+    features, depth = w.weight.shape
+    tiles = tiles_for(x.shape[0], features, depth, gated=False, device=x.device) if x.itemsize == 2 else None
+    return few_tokens(x, w.weight, w.bias, tiles) if tiles else functional.linear(x, w.weight, w.bias)
+
+
+def linear_silu_mul(x: Tensor, w: Linear) -> Tensor:
+    """silu(gate) · up of (gate ‖ up) = x @ weight.T: [tokens, in] → [tokens, out / 2]."""
+    features, depth = w.weight.shape
+    tiles = tiles_for(x.shape[0], features, depth, gated=True, device=x.device) if x.itemsize == 2 else None
+    return few_tokens(x, w.weight, None, tiles, gated=True) if tiles else silu_mul(linear(x, w))
