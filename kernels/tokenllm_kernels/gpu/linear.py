@@ -58,8 +58,8 @@ class SplitWorkspace:
 
 @triton.jit
 def _few_tokens_kernel(
-    x, weight, bias, out, sums, arrived, tokens, features, depth, share,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    x, weight, bias, out, sums, arrived, tokens, features, depth, share, splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [tokens, features] = x [tokens, depth] · weight [features, depth]ᵀ; GATED: weight [2 · features, depth]."""
@@ -77,8 +77,8 @@ def _few_tokens_kernel(
         if GATED:
             second = tl.load(weight + features.to(tl.int64) * depth + row[:, None] + k[None, :])
             up = tl.dot(second, inputs, up, input_precision=PRECISION)
-    if SPLITS > 1:
-        acc, up, last = _add_up(sums, arrived, acc, up, block, split, SPLITS, GATED, BLOCK_N, BLOCK_M)
+    if SPLIT:
+        acc, up, last = _add_up(sums, arrived, acc, up, block, split, splits, GATED, BLOCK_N, BLOCK_M)
     else:
         last = True
     if last:
@@ -94,24 +94,24 @@ def _few_tokens_kernel(
 
 @triton.jit
 def _add_up(
-    sums, arrived, acc, up, block, split,
-    SPLITS: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    sums, arrived, acc, up, block, split, splits,
+    GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Leave this split's sums; whoever comes last returns the sums of all, in the order of the splits."""
     PARTS: tl.constexpr = 2 if GATED else 1
     SIZE: tl.constexpr = BLOCK_N * BLOCK_M
     inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    here = sums + block * (SPLITS * PARTS * SIZE) + inner
+    here = sums + block * splits * (PARTS * SIZE) + inner
     tl.store(here + split * PARTS * SIZE, acc)
     if GATED:
         tl.store(here + (split * PARTS + 1) * SIZE, up)
     tl.debug_barrier()  # all threads' sums are written before one of them says so
-    last = tl.atomic_add(arrived + block, 1, sem="acq_rel") == SPLITS - 1
+    last = tl.atomic_add(arrived + block, 1, sem="acq_rel") == splits - 1
     if last:
         tl.debug_barrier()
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for i in tl.static_range(SPLITS):
+        for i in tl.range(0, splits):
             acc += tl.load(here + i * PARTS * SIZE, cache_modifier=".cg")
             if GATED:
                 up += tl.load(here + (i * PARTS + 1) * SIZE, cache_modifier=".cg")
@@ -129,12 +129,15 @@ def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles, *, 
     features = rows // 2 if gated else rows
     out = x.new_empty(tokens, features)
     share = triton.cdiv(depth, tiles.splits * tiles.block_k) * tiles.block_k
+    block_m = max(16, triton.next_power_of_2(tokens))
+    if tiles.splits > 1:
+        assert triton.cdiv(features, tiles.block_n) * tiles.splits * tiles.block_n * block_m * (1 + gated) <= SPLIT_WORKSPACE
     workspace = SplitWorkspace.of(x.device)
     _few_tokens_kernel[(triton.cdiv(features, tiles.block_n), tiles.splits)](
         x, weight, x if bias is None else bias, out, workspace.sums, workspace.arrived,
-        tokens, features, depth, share,
-        BLOCK_M=max(16, triton.next_power_of_2(tokens)), BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-        SPLITS=tiles.splits, GATED=gated, BIAS=bias is not None, STAGES=tiles.stages,
+        tokens, features, depth, share, tiles.splits,
+        BLOCK_M=block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+        SPLIT=tiles.splits > 1, GATED=gated, BIAS=bias is not None, STAGES=tiles.stages,
         PRECISION="ieee" if x.dtype == torch.float32 else None, num_warps=tiles.warps,
     )  # fmt: skip
     return out
