@@ -9,7 +9,9 @@ design of FlashAttention-3, Shah et al., 2024). Every use of Gluon stands in thi
 installed Triton and the device can run it.
 """
 
-# pyright: reportPossiblyUnboundVariable=false
+# Gluon gives a type checker nothing to go by
+# pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAssignmentType=false
 import math
 from dataclasses import dataclass
 
@@ -44,7 +46,7 @@ class HopperTiling:
     """How the kernel is cut; part of its compilation, not of its meaning."""
 
     block_n: int = 128  # context positions of a tile of K or V
-    stages: int = 2  # tiles of K, and as many of V, in shared memory; at least 2
+    stages: int = 2  # tiles of K, and as many of V, in shared memory
     consumer_registers: int = 240  # per thread; the producer gets what the two consumers leave of 3 · 168
     ping_pong: bool = True  # the warpgroups issue their products in turns
 
@@ -90,7 +92,7 @@ def prefill_attention_hopper(
         q_rows, kv_rows, out, out.stride(0),
         chunks.tile_starts, chunks.q_starts, chunks.counts, chunks.ends, chunks.ctx_starts,
         LOG2_E / math.sqrt(head_dim), heads // kv_heads,
-        len(chunks.counts), 1 << len(chunks.counts).bit_length(),
+        len(chunks.counts), 1 << (len(chunks.counts) - 1).bit_length(),
         tiling.stages, tiling.consumer_registers, tiling.ping_pong,
         num_warps=4, maxnreg=LAUNCH_REGISTERS,
     )  # fmt: skip
@@ -99,29 +101,30 @@ def prefill_attention_hopper(
 if HAS_GLUON:
 
     @gluon.jit
+    def _fill(kv_desc, row, column, ring, ready, empty, tile):
+        stages: gl.constexpr = ring.shape[0]
+        stage = tile % stages
+        # a fresh barrier counts as having completed the odd phase: the first round finds every stage empty
+        mbarrier.wait(empty.index(stage), ((tile // stages) & 1) ^ 1)
+        mbarrier.expect(ready.index(stage), kv_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(kv_desc, [row, column], ready.index(stage), ring.index(stage))
+
+    @gluon.jit
     def _produce(
         q_desc, kv_desc, q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_empty, v_ready, v_empty,
         q_row, q_column, context_row, k_column, tiles,
     ):  # fmt: skip
-        stages: gl.constexpr = k_tiles.shape[0]
         block_n: gl.constexpr = k_tiles.shape[1]
-        head_dim: gl.constexpr = k_tiles.shape[2]
+        v_column = k_column + k_tiles.shape[2]
         mbarrier.expect(q_ready, 2 * q_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(q_desc, [q_row, q_column], q_ready, q_tiles.index(0))
         tma.async_copy_global_to_shared(q_desc, [q_row + 64, q_column], q_ready, q_tiles.index(1))
+        # in the order of their use, which also keeps the consumers from waiting for each other in a circle
+        _fill(kv_desc, context_row, k_column, k_tiles, k_ready, k_empty, 0)
         for tile in range(tiles):
-            stage = tile % stages
-            # a fresh barrier counts as having completed the odd phase: the first round finds every stage empty
-            empty_phase = ((tile // stages) & 1) ^ 1
-            row = context_row + tile * block_n
-            mbarrier.wait(k_empty.index(stage), empty_phase)
-            mbarrier.expect(k_ready.index(stage), kv_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(kv_desc, [row, k_column], k_ready.index(stage), k_tiles.index(stage))
-            mbarrier.wait(v_empty.index(stage), empty_phase)
-            mbarrier.expect(v_ready.index(stage), kv_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                kv_desc, [row, k_column + head_dim], v_ready.index(stage), v_tiles.index(stage)
-            )
+            if tile + 1 < tiles:
+                _fill(kv_desc, context_row + (tile + 1) * block_n, k_column, k_tiles, k_ready, k_empty, tile + 1)
+            _fill(kv_desc, context_row + tile * block_n, v_column, v_tiles, v_ready, v_empty, tile)
 
     @gluon.jit
     def _hide_future(scores, first_position, tile, block_n: gl.constexpr, layout: gl.constexpr):
