@@ -138,18 +138,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(times):
             planned = self.scheduler.plan()
             if planned:
-                self.check_order(planned)
+                self.check_plan(planned)
                 self.flights.append((self.runner.launch(planned.plan), planned))
             if len(self.flights) > self.runner.ahead or (self.flights and not planned):
                 flight, settled = self.flights.popleft()
                 self.hear([self.scheduler.settle(settled, self.runner.collect(flight))])
 
-    def check_order(self, planned: Planned) -> None:
-        """Rows decode in their own order; whoever samples is somebody, and prompts are read up to the budget."""
+    def check_plan(self, planned: Planned) -> None:
+        """Rows decode in their own order, who samples is somebody, prompts keep to the budget, all to their slots."""
         plan = planned.plan
         assert plan.tokens and len(planned.uids) == len(plan.sampling_rows) == len(set(plan.sampling_rows.tolist()))
         assert (np.diff(plan.decodes.rows) > 0).all() and set(planned.uids.tolist()) <= set(self.submits)
         assert sum(chunk.tokens for chunk in plan.chunks) <= self.chunk
+        for row in self.taken_rows():
+            submit = self.submits[int(self.scheduler.rows.uids[row])]
+            assert len(self.scheduler.rows.held(row)) < len(submit.prompt) // 4 + submit.max_tokens
 
     def hear(self, messages: Iterable[Begin | Refused | Step]) -> None:
         for message in messages:
@@ -213,8 +216,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "scheduler"):
+            patience = sum(CAPACITY + submit.max_tokens for submit in self.submits.values())
             while self.scheduler.waiting or self.scheduler.rows.running or self.flights:
                 self.step(1)
+                patience -= 1
+                assert patience >= 0, "steps without end"
             assert all(len(ends) == 1 for ends in self.ends.values()), "a request without a last word"
             assert self.scheduler.slots.held == 0
 

@@ -61,7 +61,7 @@ class Rows:
 
     def wanting_a_token(self) -> NDArray[np.intp]:
         """The rows that decode at the next step, in ascending order."""
-        return np.flatnonzero(self.decodes & (self.sampled < self.max_tokens))
+        return (self.decodes & (self.sampled < self.max_tokens)).nonzero()[0]
 
     def decode(self, rows: NDArray[np.intp], slots: Slots) -> Decodes:
         """Plan one more token for each of these rows."""

@@ -195,7 +195,8 @@ class Scheduler:
         """How each row ends with this token, its newest, in the numbers of `Step.finished`."""
         at_length = self.rows.generated[rows] == self.rows.max_tokens[rows]
         finished = at_length * np.int8(FINISHED["length"])
-        finished[self._is_eos[tokens.clip(-1, len(self._is_eos) - 1)] & self.rows.heeds_eos[rows]] = FINISHED["stop"]
+        is_eos = self._is_eos[np.minimum(tokens, len(self._is_eos) - 1)]
+        finished[is_eos & self.rows.heeds_eos[rows]] = FINISHED["stop"]
         finished[tokens < 0] = FINISHED["error"]
         return finished
 
