@@ -22,9 +22,10 @@ from tokenllm_kernels.reference.sampling import SMALLEST_TEMPERATURE, LogitsRule
 
 BLOCK = 4096  # ids one program surveys
 GROUP = 32  # ids that share a maximum
-PASS = 256  # groups read at once; a nucleus or a top-k that fits into them is found without leaving the cache
+PASS = 128  # groups read at once
 SURVEY_WARPS = 8
 CHOOSE_WARPS = 16
+CHOOSE_REGISTERS = 64  # two programs to a multiprocessor
 BIASED = 512  # biased tokens of one request
 MOST_COUNTED = 32767  # counts are int16 and stay here
 
@@ -213,7 +214,7 @@ def _uniform(seed, position):
 
 @triton.jit
 def _first_beyond(weights, target):
-    """The first index whose cumulative weight exceeds `target`, or the last of any weight; and target less what precedes."""
+    """The first index whose cumulative weight exceeds `target`, else the last of any; `target` less what precedes."""
     weights = weights.to(tl.float64)
     index = tl.arange(0, weights.shape[0])
     upto = tl.cumsum(weights, 0)
@@ -256,12 +257,12 @@ def _list_groups(group_highest, listed, floor, GROUPS: tl.constexpr, GROUPS_PADD
 
 @triton.jit
 def _floor_of_groups(group_highest, top, wanted, PASS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr):
-    """A logit that at least `wanted` groups reach, and few more than that or PASS; minus infinity reaches them all."""
+    """A logit that at least `wanted` groups reach, and not many more; minus infinity where there are no more."""
     group = tl.arange(0, GROUPS_PADDED)
     tops = tl.load(group_highest + group, mask=group < GROUPS, other=float("-inf"))
     low, high = _key(top * 0 + float("-inf")), _key(top) + 1
     reaching = tl.where(wanted < GROUPS, GROUPS, 0)
-    few = tl.maximum(PASS, wanted + wanted // 4)
+    few = tl.maximum(PASS, 2 * wanted)
     while (reaching > few) & (high - low > 1):
         middle = low + (high - low) // 2
         count = tl.sum(((tops >= _value(middle)) & (group < GROUPS)).to(tl.int32), 0)
@@ -323,7 +324,7 @@ def _smallest_kept(
     """
     floor = least
     if (k > 0) | (p < 1):
-        wanted = tl.where(k > 0, k, PASS // 2)
+        wanted = tl.where(k > 0, k, 2 * PASS)  # a nucleus is nearly always among these
         floor = _floor_of_groups(group_highest, top, wanted, PASS, GROUPS, GROUPS_PADDED)
     length = _list_groups(group_highest, listed, floor, GROUPS, GROUPS_PADDED)
     enough = p * total
@@ -332,8 +333,9 @@ def _smallest_kept(
             logits, adjusted, adjusts, listed, length, top, per_temperature, floor, top, top,
             False, VOCAB, GROUP, PASS,
         )  # fmt: skip
-        if (reached < enough) & (least < floor):  # a flat distribution: its nucleus may be anywhere
-            floor = top * 0 + float("-inf")
+        if (reached < enough) & (least < floor):
+            # a flat distribution: but a vocabulary of tokens below this has half the mass that top-p leaves out
+            floor = top + tl.log((total - enough) / (2 * VOCAB)) / per_temperature
             length = _list_groups(group_highest, listed, floor, GROUPS, GROUPS_PADDED)
     low = _key(floor)
     grain = tl.where(adjusts, 1, GRAIN)
@@ -356,19 +358,23 @@ def _smallest_kept(
 
 
 @triton.jit
-def _groups_mass(
-    logits, adjusted, adjusts, listed, length, masses, top, per_temperature, floor,
-    VOCAB: tl.constexpr, GROUP: tl.constexpr, PASS: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+def _draw_group(
+    logits, adjusted, adjusts, listed, length, masses, top, per_temperature, floor, uniform,
+    VOCAB: tl.constexpr, GROUP: tl.constexpr, PASS: tl.constexpr, GROUPS_PADDED: tl.constexpr, BUNDLE: tl.constexpr,
 ):  # fmt: skip
-    """The kept mass of each listed group [GROUPS_PADDED]."""
+    """The group the draw falls into, and what is left to walk in it: first by bundles of groups, then by groups."""
     for start in range(0, length, PASS):
         x = _read_groups(logits, adjusted, adjusts, listed, start, length, VOCAB, GROUP, PASS)
         kept = tl.where(x >= floor, tl.exp((x - top) * per_temperature), 0.0)
         at = start + tl.arange(0, PASS)
         tl.store(masses + at, tl.sum(kept, 1), mask=at < length)
     tl.debug_barrier()
-    at = tl.arange(0, GROUPS_PADDED)
-    return tl.load(masses + at, mask=at < length, other=0.0)
+    at = tl.arange(0, GROUPS_PADDED // BUNDLE)[:, None] * BUNDLE + tl.arange(0, BUNDLE)[None, :]
+    bundles = tl.sum(tl.load(masses + at, mask=at < length, other=0.0), 1)
+    bundle, target = _first_beyond(bundles, uniform * tl.sum(bundles.to(tl.float64), 0))
+    at = bundle * BUNDLE + tl.arange(0, BUNDLE)
+    found, target = _first_beyond(tl.load(masses + at, mask=at < length, other=0.0), target)
+    return tl.load(listed + bundle * BUNDLE + found), target
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions", "out"])
@@ -414,12 +420,12 @@ def _choose(
                 tl.load(top_k + row), tl.load(top_p + row), least,
                 VOCAB, GROUP, PASS, GROUPS, GROUPS_PADDED, GRAIN,
             )  # fmt: skip
-            group_mass = _groups_mass(
-                logits, adjusted, adjusts, listed, length, group_highest, top, per_temperature, floor,
-                VOCAB, GROUP, PASS, GROUPS_PADDED,
+            BUNDLE: tl.constexpr = GROUPS_PADDED if GROUPS_PADDED < 64 else 64
+            group, target = _draw_group(
+                logits, adjusted, adjusts, listed, length, group_highest, top, per_temperature, floor, uniform,
+                VOCAB, GROUP, PASS, GROUPS_PADDED, BUNDLE,
             )  # fmt: skip
-            found, target = _first_beyond(group_mass, uniform * tl.sum(group_mass.to(tl.float64), 0))
-            first = tl.load(listed + found) * GROUP
+            first = group * GROUP
             width = tl.minimum(GROUP, VOCAB - first)
         else:
             found, target = _first_beyond(block_mass, uniform * tl.sum(block_mass.to(tl.float64), 0))
@@ -467,7 +473,7 @@ def sample_rows(
         w.adjusted, w.highest, w.best, w.mass, w.group_highest, w.listed, out,
         VOCAB=vocab, BLOCK=block, BLOCKS=blocks, BLOCKS_PADDED=triton.next_power_of_2(blocks),
         GROUP=GROUP, PASS=PASS, GROUPS_PADDED=triton.next_power_of_2(blocks * block // GROUP),
-        GRAIN=_GRAIN[logits.dtype], num_warps=CHOOSE_WARPS,
+        GRAIN=_GRAIN[logits.dtype], num_warps=CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS,
     )  # fmt: skip
 
 
