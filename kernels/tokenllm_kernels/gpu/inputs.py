@@ -1,0 +1,152 @@
+"""The inputs of a step, built on the device from one short array of words that the host sends.
+
+The host knows rows, positions and slots; the device knows which token each row sampled last. `build_inputs` puts the
+two together, enters the new slots in the index table, and pads to the size of the graph. `StepLayout` says where in the
+words each column stands:
+
+    counts │ decodes: rows, positions, slots │ samples: rows, places, positions │ chunks … │ prompt: ids, rows, …
+    ├───────── of fixed size, for the largest batch and most chunks ───────────────────────┤├── as long as needed
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokenllm_kernels.gpu.decode_attention import DecodePlan
+
+COUNTS = 8  # words: decodes, prompt tokens, tokens of all contexts in the workspace
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Offsets into the words of one step."""
+
+    rows: int
+    chunks: int
+    prompt_tokens: int
+
+    @property
+    def samples(self) -> int:
+        return COUNTS + 3 * self.rows
+
+    @property
+    def chunk_columns(self) -> int:
+        """rows, first tokens in the batch, counts, ends, first tokens in the workspace; then chunks + 1 tile starts."""
+        return COUNTS + 6 * self.rows
+
+    @property
+    def prompt(self) -> int:
+        """ids, rows, positions, slots of the prompt tokens, each as long as there are such tokens in this step."""
+        return self.chunk_columns + 6 * self.chunks + 8
+
+    @property
+    def words(self) -> int:
+        return self.prompt + 4 * self.prompt_tokens
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a forward pass reads, [tokens] each, int32."""
+
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+
+    @classmethod
+    def empty(cls, tokens: int, device: torch.device) -> "StepInputs":
+        return cls(*(torch.zeros(tokens, dtype=torch.int32, device=device) for _ in range(3)))
+
+    def first(self, tokens: int) -> "StepInputs":
+        return StepInputs(self.ids[:tokens], self.positions[:tokens], self.slots[:tokens])
+
+
+@triton.jit
+def _inputs_kernel(
+    words, last_token, index, ids, positions, slots, lengths, sequence_rows,
+    tokens, sequences, rows, prompt, spare_slot, index_stride,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    decodes, prompt_tokens = tl.load(words), tl.load(words + 1)
+    decode = i < decodes
+    row = tl.load(words + 8 + i, mask=decode, other=0)
+    position = tl.load(words + 8 + rows + i, mask=decode, other=0)
+    slot = tl.load(words + 8 + 2 * rows + i, mask=decode, other=0)
+    token = tl.load(last_token + row, mask=decode, other=0)
+    tl.store(lengths + i, tl.where(decode, position + 1, 0), mask=i < sequences)
+    tl.store(sequence_rows + i, row, mask=i < sequences)
+    there = (i >= decodes) & (i < decodes + prompt_tokens)
+    source = words + prompt + i - decodes
+    token = tl.where(there, tl.load(source, mask=there, other=0), token)
+    row = tl.where(there, tl.load(source + prompt_tokens, mask=there, other=0), row)
+    position = tl.where(there, tl.load(source + 2 * prompt_tokens, mask=there, other=0), position)
+    slot = tl.where(there, tl.load(source + 3 * prompt_tokens, mask=there, other=0), slot)
+    real = decode | there
+    tl.store(index + row.to(tl.int64) * index_stride + position, slot, mask=real)
+    tl.store(ids + i, token, mask=i < tokens)
+    tl.store(positions + i, position, mask=i < tokens)
+    tl.store(slots + i, tl.where(real, slot, spare_slot), mask=i < tokens)
+
+
+def build_inputs(
+    words: Tensor, layout: StepLayout, last_token: Tensor, index: Tensor, spare_slot: int, inputs: StepInputs,
+    decode: DecodePlan, sequences: int,
+) -> None:  # fmt: skip
+    """Fill `inputs`, padded with token 0 at the spare slot, and lengths and rows of the first `sequences` of `decode`.
+
+    words [layout.words] int32; last_token [rows] int32; index [rows, positions] int32, which learns the new slots.
+    """
+    tokens, block = len(inputs.ids), 256
+    _inputs_kernel[(triton.cdiv(max(tokens, sequences), block),)](
+        words, last_token, index, inputs.ids, inputs.positions, inputs.slots, decode.lengths, decode.rows,
+        tokens, sequences, layout.rows, layout.prompt, spare_slot, index.stride(0), BLOCK=block,
+    )  # fmt: skip
+
+
+@triton.jit
+def _context_slots_kernel(
+    words, index, context_slots, chunk_columns, capacity, index_stride, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
+):
+    total = tl.minimum(tl.load(words + 2), capacity)
+    chunk = tl.arange(0, CHUNKS)
+    columns = words + chunk_columns
+    begins = tl.load(columns + 4 * CHUNKS + chunk)
+    ends = begins + tl.load(columns + 3 * CHUNKS + chunk)  # of padding: no tokens, where the last one ends
+    for start in tl.range(tl.program_id(0) * BLOCK, total, tl.num_programs(0) * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        mine = tl.minimum(tl.sum((ends[None, :] <= i[:, None]).to(tl.int32), 1), CHUNKS - 1)
+        row = tl.load(columns + mine).to(tl.int64)
+        position = i - tl.load(columns + 4 * CHUNKS + mine)
+        slot = tl.load(index + row * index_stride + position, mask=i < total, other=0)
+        tl.store(context_slots + i, slot, mask=i < total)
+
+
+def find_context_slots(words: Tensor, layout: StepLayout, index: Tensor, context_slots: Tensor) -> None:
+    """The slot of every token of every chunk's context, in the order of the workspace, into `context_slots` int32."""
+    _context_slots_kernel[(128,)](
+        words, index, context_slots, layout.chunk_columns, len(context_slots), index.stride(0),
+        BLOCK=32, CHUNKS=layout.chunks,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gather_kernel(words, context_slots, kv, workspace, capacity, ROW: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.minimum(tl.load(words + 2), capacity)
+    column = tl.arange(0, ROW)[None, :]
+    for start in tl.range(tl.program_id(0) * BLOCK, total, tl.num_programs(0) * BLOCK, num_stages=3):
+        i = start + tl.arange(0, BLOCK)
+        slot = tl.load(context_slots + tl.minimum(i, total - 1)).to(tl.int64)
+        value = tl.load(kv + slot[:, None] * ROW + column)
+        tl.store(workspace + i.to(tl.int64)[:, None] * ROW + column, value, mask=(i < total)[:, None])
+
+
+def gather_contexts(words: Tensor, context_slots: Tensor, kv: Tensor, workspace: Tensor) -> None:
+    """Copy K and V of all contexts of one layer together, into workspace [tokens, kv_heads, 2, head_dim]."""
+    row = kv.shape[1] * 2 * kv.shape[3]
+    assert row == triton.next_power_of_2(row), "kv_heads · head_dim is a power of two"
+    _gather_kernel[(512,)](
+        words, context_slots, kv, workspace, len(workspace), ROW=row, BLOCK=max(1, 8192 // row), num_warps=4
+    )

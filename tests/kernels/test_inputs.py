@@ -1,0 +1,86 @@
+"""The inputs of a step, against a plain loop over its words."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+ROWS, CHUNKS, PROMPT, POSITIONS, SPARE = 9, 8, 40, 30, 500
+steps = st.tuples(
+    st.integers(0, 4),  # decodes
+    st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=4),  # chunks: context before, tokens
+).filter(lambda step: step[0] or step[1])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(step=steps, padding=st.integers(0, 5))
+def test_inputs_and_contexts(step: tuple[int, list[tuple[int, int]]], padding: int, device: torch.device) -> None:
+    from tokenllm_kernels.gpu.decode_attention import DecodePlan, DecodeTiling
+    from tokenllm_kernels.gpu.inputs import (
+        COUNTS,
+        StepInputs,
+        StepLayout,
+        build_inputs,
+        find_context_slots,
+        gather_contexts,
+    )  # fmt: skip
+
+    decodes, chunks = step
+    layout, tokens = StepLayout(ROWS, CHUNKS, PROMPT), sum(count for _, count in chunks)
+    words = torch.full((layout.words,), -1, dtype=torch.int32)
+    index = torch.randint(0, SPARE, (ROWS, POSITIONS), dtype=torch.int32)
+    expected_index = index.clone()
+    last_token = torch.randint(0, 1000, (ROWS,), dtype=torch.int32)
+    rows = torch.randperm(ROWS)
+    new_slots = iter(torch.randperm(SPARE).tolist())
+    expected: list[tuple[int, int, int]] = []
+    for i in range(decodes):
+        row, position, slot = int(rows[i]), int(torch.randint(0, POSITIONS, ())), next(new_slots)
+        words[COUNTS + i], words[COUNTS + ROWS + i], words[COUNTS + 2 * ROWS + i] = row, position, slot
+        expected.append((int(last_token[row]), position, slot))
+        expected_index[row, position] = slot
+    prompt, contexts, column = [], [], layout.chunk_columns
+    for i, (before, count) in enumerate(chunks):
+        row = int(rows[decodes + i])
+        for field, value in enumerate((row, 0, count, before + count, sum(map(sum, chunks[:i])))):
+            words[column + field * CHUNKS + i] = value
+        for position in range(before, before + count):
+            prompt.append((int(torch.randint(0, 1000, ())), row, position, next(new_slots)))
+            expected_index[row, position] = prompt[-1][3]
+        contexts.append((row, before + count))
+    for i in range(len(chunks), CHUNKS):
+        for field, value in enumerate((0, 0, 0, 0, sum(map(sum, chunks)))):
+            words[column + field * CHUNKS + i] = value
+    expected += [(token, position, slot) for token, _, position, slot in prompt] + [(0, 0, SPARE)] * padding
+    if prompt:
+        words[layout.prompt : layout.prompt + 4 * tokens] = torch.tensor(prompt, dtype=torch.int32).T.flatten()
+    context = sum(end for _, end in contexts)
+    words[0], words[1], words[2] = decodes, tokens, context
+
+    words, index, last_token = words.to(device), index.to(device), last_token.to(device)
+    inputs = StepInputs.empty(decodes + tokens + padding, device)
+    plan = DecodePlan.empty(ROWS, 2, 1, 16, DecodeTiling(16, 4, 2, 4), device)
+    plan.lengths.fill_(-5)
+    build_inputs(words, layout, last_token, index, SPARE, inputs, plan, decodes + 2)
+    assert list(zip(inputs.ids.tolist(), inputs.positions.tolist(), inputs.slots.tolist(), strict=True)) == expected
+    assert index.cpu().equal(expected_index)
+    assert plan.lengths.tolist() == [e[1] + 1 for e in expected[:decodes]] + [0] * 2 + [-5] * (ROWS - decodes - 2)
+    assert plan.rows[:decodes].tolist() == rows[:decodes].tolist()
+
+    context_slots = torch.full((context + 3,), -1, dtype=torch.int32, device=device)
+    find_context_slots(words, layout, index, context_slots)
+    truth = [expected_index[row, position] for row, end in contexts for position in range(end)]
+    assert context_slots.tolist() == [int(slot) for slot in truth] + [-1] * 3
+    kv = torch.randn(SPARE + 1, 2, 2, 16, device=device)
+    workspace = torch.full((context + 3, 2, 2, 16), torch.nan, device=device)
+    gather_contexts(words, context_slots, kv, workspace)
+    assert workspace[:context].equal(kv[context_slots[:context].long()])
+    assert workspace[context:].isnan().all()
+
+
+def test_a_layout_has_room_for_everything() -> None:
+    pytest.importorskip("triton")
+    from tokenllm_kernels.gpu.inputs import COUNTS, StepLayout
+
+    layout = StepLayout(5, 4, 7)
+    assert COUNTS <= layout.samples <= layout.chunk_columns <= layout.prompt <= layout.words - 4 * 7
