@@ -200,7 +200,9 @@ def test_a_vocabulary_that_is_no_multiple_of_the_block(device: torch.device, voc
     batch, rows = Batch(device, vocab, block=2048 if vocab == 8193 else gpu.BLOCK), list(range(len(KINDS)))
     gpu.set_rules(batch.table, rows, KINDS)
     logits = torch.randn(len(KINDS), vocab, generator=torch.Generator().manual_seed(vocab)) * scale
-    tokens = batch.choose(logits, rows, [4] * len(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "PASS", 16)  # so that a nucleus may lie beyond the groups looked at first
+        tokens = batch.choose(logits, rows, [4] * len(rows))
     for token, mine, rule in zip(tokens, logits, KINDS, strict=True):
         assert may_be_chosen(token, mine, rule, 4, torch.zeros(vocab)), (token, rule)
 
@@ -216,6 +218,23 @@ def test_the_ends_of_the_range(device: torch.device, seed: int) -> None:
     logits = torch.zeros(4, 1000)
     logits[:, :3] = logits[:, 990:] = -math.inf
     assert batch.choose(logits, rows, [0] * 4) == [989 if seed == NEARLY_ONE else 3] * 4
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "biased"])
+def test_neighbouring_numbers_are_told_apart(device: torch.device, dtype: torch.dtype | str) -> None:
+    """Logits that rise with the id in the smallest steps their type has, on both sides of zero."""
+    logits, bias, steps = torch.ones(1, 100), (), torch.arange(100)
+    if isinstance(dtype, str):
+        bias = tuple((token, token * 2.0**-23) for token in range(100))
+    else:
+        logits = (1 + steps * torch.finfo(dtype).eps)[None].to(dtype)
+        logits[:, :50] -= 2  # below zero the order of the bits is another
+    asked = [LogitsRule(NEARLY_ZERO, 1000.0, top_k=k, logit_bias=bias) for k in (1, 2, 7, 48, 49, 50, 51, 99)]
+    asked += [LogitsRule(NEARLY_ZERO, 1000.0, top_p=p, logit_bias=bias) for p in (0.0, 0.305, 0.985)]
+    batch, rows = Batch(device, 100, rows=len(asked)), list(range(len(asked)))
+    gpu.set_rules(batch.table, rows, asked)
+    tokens = batch.choose(logits.expand(len(asked), 100).contiguous(), rows, [0] * len(asked))
+    assert [100 - token for token in tokens] == [1, 2, 7, 48, 49, 50, 51, 99, 1, 31, 99]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
