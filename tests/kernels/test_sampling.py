@@ -223,7 +223,7 @@ def test_the_ends_of_the_range(device: torch.device, seed: int) -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, "biased"])
 def test_neighbouring_numbers_are_told_apart(device: torch.device, dtype: torch.dtype | str) -> None:
     """Logits that rise with the id in the smallest steps their type has, on both sides of zero."""
-    logits, bias, steps = torch.ones(1, 100), (), torch.arange(100)
+    logits, bias, steps = torch.ones(1, 100, dtype=torch.bfloat16), (), torch.arange(100)
     if isinstance(dtype, str):
         bias = tuple((token, token * 2.0**-23) for token in range(100))
     else:
