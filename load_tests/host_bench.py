@@ -53,6 +53,8 @@ class FakeRunner:
     """Tokens are a hash of row and step, and never an EOS. `paced` steps take their time."""
 
     ahead = 1
+    most_chunks = CHUNK_TOKENS
+    most_chunks = CHUNK_TOKENS
 
     def __init__(self) -> None:
         self.paced = False
@@ -134,6 +136,7 @@ def make_scheduler(running: int) -> Scheduler:
         rows=running + 4,
         max_positions=CONTEXT,
         prefill_chunk_tokens=CHUNK_TOKENS,
+        most_chunks=CHUNK_TOKENS,
         max_queued_requests=running + 4,
         max_queued_tokens=capacity,
         eos_ids=frozenset({EOS}),

@@ -23,6 +23,9 @@ _MODEL_LEN = _flag("longest prompt plus completion, in tokens; 0 means the model
 _TOTAL_TOKENS = _flag("KV memory, in tokens; 0 means measured from free memory", ge=0, le=INT32_MAX)
 _QUEUED_REQUESTS = _flag("requests waiting for room before 429", ge=0, le=INT32_MAX)
 _QUEUED_TOKENS = _flag("prompt tokens waiting for room before 429", ge=0, le=INT32_MAX)
+_DTYPE = _flag("arithmetic; auto is bfloat16 on a GPU, float32 with float16 weights on a CPU")
+_RUNNING = _flag("requests in one batch; 0 means 64 on a CPU, 512 on a GPU", ge=0, le=4096)
+_PREFILL_CHUNK = _flag("prompt tokens computed in one step; 0 means 512 on a CPU, 2048 on a GPU", ge=0, le=INT32_MAX)
 _DRAIN = _flag("seconds that running streams get to finish after SIGTERM", ge=0, le=86400)
 _RING = _flag("size of each ring, rounded up to a power of two", ge=1 << 16, le=1 << 30)
 
@@ -39,14 +42,14 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     allow_no_auth: Annotated[bool, _flag("listen on a non-loopback address without any key")] = False
     chat_template: Annotated[str, _flag("Jinja file that replaces the model's own chat template")] = ""
     device: Annotated[Device, _flag("where the model runs")] = "auto"
-    dtype: Annotated[Dtype, _flag("arithmetic; auto on a CPU is float32 with float16 weights")] = "auto"
+    dtype: Annotated[Dtype, _DTYPE] = "auto"
     load_format: Annotated[LoadFormat, _flag("dummy makes random weights of the config's shape")] = "auto"
     max_model_len: Annotated[int, _MODEL_LEN] = 0
     max_total_tokens: Annotated[int, _TOTAL_TOKENS] = 0
-    max_running_requests: Annotated[int, _flag("requests in one batch", ge=1, le=4096)] = 64
+    max_running_requests: Annotated[int, _RUNNING] = 0
     max_queued_requests: Annotated[int, _QUEUED_REQUESTS] = 1024
     max_queued_tokens: Annotated[int, _QUEUED_TOKENS] = 1_000_000
-    prefill_chunk_tokens: Annotated[int, _flag("prompt tokens computed in one step", ge=1, le=INT32_MAX)] = 512
+    prefill_chunk_tokens: Annotated[int, _PREFILL_CHUNK] = 0
     policy: Annotated[Literal["conservative"], _flag("who is admitted when")] = "conservative"
     gateway_processes: Annotated[int, _flag("HTTP processes sharing the port", ge=1, le=64)] = 1
     drain_s: Annotated[float, _DRAIN] = 30.0

@@ -51,6 +51,7 @@ class Driver:
             rows=ROWS,
             max_positions=CONTEXT,
             prefill_chunk_tokens=chunk,
+            most_chunks=1 << 20,
             max_queued_requests=0,
             max_queued_tokens=0,
             eos_ids=frozenset(),

@@ -140,7 +140,9 @@ def test_a_second_server_on_the_same_port_leaves_the_first_alone(house: House, s
 
 def test_a_gateway_that_does_not_read_delays_nobody_else_and_misses_nothing(start: Start) -> None:
     fast = {"FAKE_STEP_S": "0.003"}
-    house = start(fast, gateway_processes=2, ring_bytes=1 << 16, max_total_tokens=1 << 15).wait_greeted()
+    house = start(
+        fast, gateway_processes=2, ring_bytes=1 << 16, max_running_requests=64, max_total_tokens=1 << 15
+    ).wait_greeted()
     streams = [Stream(house.url, max_tokens=1000) for _ in range(16)]
     for stream in streams:
         stream.begun()

@@ -1,12 +1,7 @@
-"""Where there is no GPU the Triton kernels run in Triton's interpreter, which has to be told before it is imported."""
-
-import os
+"""Where the kernels run: on a GPU, or on CPU tensors in Triton's interpreter (`tests/conftest.py`)."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

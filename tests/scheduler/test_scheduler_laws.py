@@ -97,6 +97,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             rows=rows,
             max_positions=CAPACITY,
             prefill_chunk_tokens=chunk,
+            most_chunks=1 << 20,
             max_queued_requests=4,
             max_queued_tokens=200,
             eos_ids=frozenset({EOS}),
@@ -230,7 +231,9 @@ TestSchedulerLaws.settings = settings(max_examples=100, stateful_step_count=40, 
 
 
 def scheduler(eos_ids: frozenset[int] = frozenset({EOS}), **limits: int) -> Scheduler:
-    usual = dict(rows=2, max_positions=100, prefill_chunk_tokens=16, max_queued_requests=2, max_queued_tokens=30)
+    usual = dict(
+        rows=2, max_positions=100, prefill_chunk_tokens=16, most_chunks=99, max_queued_requests=2, max_queued_tokens=30
+    )
     return Scheduler(TokenSlots(100), Conservative(100), **usual | limits, eos_ids=eos_ids)
 
 

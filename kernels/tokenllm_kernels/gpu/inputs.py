@@ -133,20 +133,31 @@ def find_context_slots(words: Tensor, layout: StepLayout, index: Tensor, context
 
 
 @triton.jit
-def _gather_kernel(words, context_slots, kv, workspace, capacity, ROW: tl.constexpr, BLOCK: tl.constexpr):
+def _gather_kernel(
+    words, context_slots, kv, workspace, capacity, ROW: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
     total = tl.minimum(tl.load(words + 2), capacity)
-    column = tl.arange(0, ROW)[None, :]
+    column = tl.arange(0, WIDTH)[None, :]
+    inside = column < ROW
     for start in tl.range(tl.program_id(0) * BLOCK, total, tl.num_programs(0) * BLOCK, num_stages=3):
         i = start + tl.arange(0, BLOCK)
         slot = tl.load(context_slots + tl.minimum(i, total - 1)).to(tl.int64)
-        value = tl.load(kv + slot[:, None] * ROW + column)
-        tl.store(workspace + i.to(tl.int64)[:, None] * ROW + column, value, mask=(i < total)[:, None])
+        value = tl.load(kv + slot[:, None] * ROW + column, mask=inside)
+        tl.store(workspace + i.to(tl.int64)[:, None] * ROW + column, value, mask=(i < total)[:, None] & inside)
 
 
 def gather_contexts(words: Tensor, context_slots: Tensor, kv: Tensor, workspace: Tensor) -> None:
     """Copy K and V of all contexts of one layer together, into workspace [tokens, kv_heads, 2, head_dim]."""
     row = kv.shape[1] * 2 * kv.shape[3]
-    assert row == triton.next_power_of_2(row), "kv_heads · head_dim is a power of two"
+    width = triton.next_power_of_2(row)
     _gather_kernel[(512,)](
-        words, context_slots, kv, workspace, len(workspace), ROW=row, BLOCK=max(1, 8192 // row), num_warps=4
+        words,
+        context_slots,
+        kv,
+        workspace,
+        len(workspace),
+        ROW=row,
+        WIDTH=width,
+        BLOCK=max(1, 8192 // width),
+        num_warps=4,
     )

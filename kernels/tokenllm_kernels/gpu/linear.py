@@ -119,7 +119,9 @@ def _add_up(
     return acc, up, last
 
 
-def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles, *, gated: bool = False) -> Tensor:
+def few_tokens(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles, out: Tensor | None = None, *, gated: bool = False
+) -> Tensor:
     """x [tokens, in] · weight [out, in]ᵀ (+ bias) → [tokens, out], for at most `MOST_TOKENS` tokens.
 
     `gated`: the weight is gate over up, and the result silu(gate) · up [tokens, out / 2]. `in` is a multiple of
@@ -127,11 +129,14 @@ def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles, *, 
     """
     (tokens, depth), rows = x.shape, weight.shape[0]
     features = rows // 2 if gated else rows
-    out = x.new_empty(tokens, features)
+    out = x.new_empty(tokens, features) if out is None else out
     share = triton.cdiv(depth, tiles.splits * tiles.block_k) * tiles.block_k
     block_m = max(16, triton.next_power_of_2(tokens))
     if tiles.splits > 1:
-        assert triton.cdiv(features, tiles.block_n) * tiles.splits * tiles.block_n * block_m * (1 + gated) <= SPLIT_WORKSPACE
+        assert (
+            triton.cdiv(features, tiles.block_n) * tiles.splits * tiles.block_n * block_m * (1 + gated)
+            <= SPLIT_WORKSPACE
+        )
     workspace = SplitWorkspace.of(x.device)
     _few_tokens_kernel[(triton.cdiv(features, tiles.block_n), tiles.splits)](
         x, weight, x if bias is None else bias, out, workspace.sums, workspace.arrived,
@@ -158,15 +163,23 @@ def tiles_for(tokens: int, features: int, depth: int, *, gated: bool, device: to
     return Tiles(*found) if found else None
 
 
-def linear(x: Tensor, w: Linear) -> Tensor:
-    """x [tokens, in] @ weight.T + bias → [tokens, out]."""
-    features, depth = w.weight.shape
-    tiles = tiles_for(x.shape[0], features, depth, gated=False, device=x.device) if x.itemsize == 2 else None
-    return few_tokens(x, w.weight, w.bias, tiles) if tiles else functional.linear(x, w.weight, w.bias)
+def linear(x: Tensor, w: Linear, out: Tensor | None = None) -> Tensor:
+    """x [tokens, in] @ weight.T + bias → [tokens, out], into `out` where one is given."""
+    tiles = _tiles(x, w, gated=False)
+    if tiles:
+        return few_tokens(x, w.weight, w.bias, tiles, out)
+    if out is None:
+        return functional.linear(x, w.weight, w.bias)
+    torch.mm(x, w.weight.t(), out=out)
+    return out if w.bias is None else out.add_(w.bias)
 
 
 def linear_silu_mul(x: Tensor, w: Linear) -> Tensor:
     """silu(gate) · up of (gate ‖ up) = x @ weight.T: [tokens, in] → [tokens, out / 2]."""
-    features, depth = w.weight.shape
-    tiles = tiles_for(x.shape[0], features, depth, gated=True, device=x.device) if x.itemsize == 2 else None
+    tiles = _tiles(x, w, gated=True)
     return few_tokens(x, w.weight, None, tiles, gated=True) if tiles else silu_mul(linear(x, w))
+
+
+def _tiles(x: Tensor, w: Linear, *, gated: bool) -> Tiles | None:
+    features, depth = w.weight.shape
+    return tiles_for(x.shape[0], features, depth, gated=gated, device=x.device) if x.itemsize == 2 else None

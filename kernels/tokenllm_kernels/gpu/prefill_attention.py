@@ -7,7 +7,6 @@ which chunk a program works on, it looks up on the device, and programs without 
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -47,8 +47,12 @@ def in_half_range(weight: Tensor) -> Tensor:
     return weight
 
 
-def linear(x: Tensor, w: Linear) -> Tensor:
-    """x [tokens, in] @ weight.T + bias → [tokens, out]."""
+def linear(x: Tensor, w: Linear, out: Tensor | None = None) -> Tensor:
+    """x [tokens, in] @ weight.T + bias → [tokens, out], into `out` where one is given."""
+    return _linear(x, w) if out is None else out.copy_(_linear(x, w))
+
+
+def _linear(x: Tensor, w: Linear) -> Tensor:
     match w.kind:
         case "half":
             return torch.ops.quantized.linear_dynamic_fp16(x, w.weight)

@@ -30,6 +30,11 @@ class Runner(Protocol[F]):
         """How many steps may be in flight when the next is launched."""
         ...
 
+    @property
+    def most_chunks(self) -> int:
+        """How many prompts one step may read of."""
+        ...
+
     def launch(self, plan: Plan) -> F: ...
 
     def collect(self, flight: F) -> Sampled: ...
@@ -61,6 +66,7 @@ class CpuRunner:
     """
 
     ahead = 0
+    most_chunks = 1 << 20
 
     def __init__(self, decoder: Decoder, slots: int, rows: int, max_positions: int) -> None:
         self._decoder = decoder

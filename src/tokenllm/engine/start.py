@@ -1,9 +1,10 @@
 """From a model path to a warm runner: device and precision, weights, KV memory sized from what is free."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,31 +20,57 @@ from tokenllm_kernels import LogitsRule
 
 KV_SHARE_OF_MEMORY = 0.5  # of what is free once the weights are loaded; the rest is for activations and for others
 
+Progress: TypeAlias = Callable[[str], Track[int]]  # by what is being done
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """What one step may hold: requests, and tokens of their prompts."""
+
+    rows: int
+    prompt_tokens: int
+
+
+CPU_BATCH, CUDA_BATCH = BatchSize(64, 512), BatchSize(512, 2048)  # where the configuration says nothing
+
 
 @dataclass(frozen=True)
 class Engine:
     """A runner that is ready to serve, and what was learned on the way."""
 
     runner: Runner[Any]
+    batch: BatchSize
     kv_tokens: int
     max_model_len: int
     eos_ids: frozenset[int]
 
 
-def start_engine(config: ServeConfig, path: Path, track: Track[int]) -> Engine:
-    """Load the model; a ValueError or CheckpointError says what cannot be served."""
+def start_engine(config: ServeConfig, path: Path, progress: Progress) -> Engine:
+    """Load the model; a ValueError, CheckpointError or MemoryError says what cannot be served."""
     torch.set_num_threads(usable_cores())
-    description = describe(path)
-    device = _device(config)
-    precision = _precision(config)
+    description, device = describe(path), _device(config)
+    precision, batch = _precision(config, device), _batch(config, device)
     context = _context(config, description)
     source = open_weights(path, description, device, dummy=config.load_format == "dummy", dtype=precision.activations)
-    decoder = load_decoder(source, description, precision, device, context, track)
-    kv_tokens = _kv_tokens(decoder, config.max_total_tokens, config.max_running_requests * context)
+    decoder = load_decoder(source, description, precision, device, context, progress("loading weights"))
+    del source  # files stay mapped as long as it lives
+    if device.type == "cuda":
+        from tokenllm.engine.cuda_start import start_cuda  # needs Triton
+
+        runner, kv_tokens = start_cuda(
+            decoder, batch.rows, batch.prompt_tokens, context, config.max_total_tokens, progress
+        )
+    else:
+        runner, kv_tokens = _start_cpu(decoder, batch, context, config.max_total_tokens)
+    return Engine(runner, batch, kv_tokens, min(context, kv_tokens), description.eos_ids)
+
+
+def _start_cpu(decoder: Decoder, batch: BatchSize, context: int, wanted: int) -> tuple[CpuRunner, int]:
+    kv_tokens = _kv_tokens(decoder, wanted, batch.rows * context)
     context = min(context, kv_tokens)
-    runner = CpuRunner(decoder, kv_tokens, config.max_running_requests, context)
-    _warm_up(runner, min(context, config.prefill_chunk_tokens))
-    return Engine(runner, kv_tokens, context, description.eos_ids)
+    runner = CpuRunner(decoder, kv_tokens, batch.rows, context)
+    warm_up(runner, min(context, batch.prompt_tokens))
+    return runner, kv_tokens
 
 
 def usable_cores() -> int:
@@ -55,15 +82,24 @@ def usable_cores() -> int:
 
 
 def _device(config: ServeConfig) -> torch.device:
-    if config.device == "cuda":
-        raise ValueError("device: the CUDA engine is not there yet; serve with --device cpu")
-    return torch.device("cpu")
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, and torch finds no GPU it can use")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
-def _precision(config: ServeConfig) -> Precision:
-    if config.dtype == "auto":
-        return Precision(torch.float32, half_weights=True)
-    return Precision(getattr(torch, config.dtype))
+def _precision(config: ServeConfig, device: torch.device) -> Precision:
+    if config.dtype != "auto":
+        return Precision(getattr(torch, config.dtype))
+    if device.type == "cuda":
+        return Precision(torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16)
+    return Precision(torch.float32, half_weights=True)
+
+
+def _batch(config: ServeConfig, device: torch.device) -> BatchSize:
+    usual = CUDA_BATCH if device.type == "cuda" else CPU_BATCH
+    return BatchSize(config.max_running_requests or usual.rows, config.prefill_chunk_tokens or usual.prompt_tokens)
 
 
 def _context(config: ServeConfig, description: ModelDescription) -> int:
@@ -88,7 +124,7 @@ def _kv_tokens(decoder: Decoder, wanted: int, useful: int) -> int:
     return wanted or min(measured, useful)
 
 
-def _warm_up(runner: Runner[Any], tokens: int) -> None:
+def warm_up(runner: Runner[Any], tokens: int) -> None:
     """One prefill and one decode step, so that the first request finds every kernel prepared."""
     slots, row = np.arange(tokens, dtype=np.int32), np.zeros(1, np.int32)
     ids, rule = np.zeros(tokens - 1, np.int32), LogitsRule(seed=0, temperature=0.0)

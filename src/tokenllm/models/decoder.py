@@ -79,6 +79,6 @@ class Decoder:
             x, residual = ops.add_rms_norm(fed, residual, next_norm, self.eps)
         return x
 
-    def logits(self, x: Tensor) -> Tensor:
-        """[rows, hidden] → [rows, vocab]."""
-        return self.kernels.linear(x, self.head)
+    def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[rows, hidden] → [rows, vocab], into `out` where one is given."""
+        return self.kernels.linear(x, self.head, out)

@@ -2,7 +2,6 @@
 
 import gc
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from tokenllm.counters import Page
 from tokenllm.engine.start import Engine, start_engine
 from tokenllm.memory.token_slots import TokenSlots
 from tokenllm.messages import Inbound, Midway, Ready
+from tokenllm.models.weights import Track
 from tokenllm.process import die_with, read_birth
 from tokenllm.ring import Receiver, Sender
 from tokenllm.routing.policy import Conservative
@@ -38,11 +38,11 @@ def _load(config: ServeConfig, path: Path) -> Engine:
     console = Console(stderr=True)
     console.print(f"tokenllm: loading {path}", highlight=False, soft_wrap=True)
 
-    def show(layers: Iterable[int]) -> Iterator[int]:
-        return iter(track(layers, description="loading weights", console=console, transient=True))
+    def progress(doing: str) -> Track[int]:
+        return lambda parts: iter(track(parts, description=doing, console=console, transient=True))
 
     try:
-        return start_engine(config, path, show)
+        return start_engine(config, path, progress)
     except (CheckpointError, ValueError, MemoryError) as error:
         sys.exit(f"tokenllm: the model cannot be served: {error}")
 
@@ -51,9 +51,10 @@ def _scheduler(config: ServeConfig, engine: Engine) -> Scheduler:
     return Scheduler(
         TokenSlots(engine.kv_tokens),
         Conservative(engine.kv_tokens),
-        rows=config.max_running_requests,
+        rows=engine.batch.rows,
         max_positions=engine.max_model_len,
-        prefill_chunk_tokens=config.prefill_chunk_tokens,
+        prefill_chunk_tokens=engine.batch.prompt_tokens,
+        most_chunks=engine.runner.most_chunks,
         max_queued_requests=config.max_queued_requests,
         max_queued_tokens=config.max_queued_tokens,
         eos_ids=engine.eos_ids,

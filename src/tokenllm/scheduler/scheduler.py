@@ -52,6 +52,7 @@ class Scheduler:
         rows: int,
         max_positions: int,
         prefill_chunk_tokens: int,
+        most_chunks: int,
         max_queued_requests: int,
         max_queued_tokens: int,
         eos_ids: frozenset[int],
@@ -64,7 +65,7 @@ class Scheduler:
         self._reading: deque[Request] = deque()  # those who run and whose prompts are not planned to the end
         self._requests: dict[int, Request] = {}  # all that wait or run, by uid
         self._may_admit = False  # somebody came or went since the policy was last asked
-        self._prefill_chunk_tokens = prefill_chunk_tokens
+        self._prefill_chunk_tokens, self._most_chunks = prefill_chunk_tokens, most_chunks
         self._max_queued = max_queued_requests, max_queued_tokens
         self._is_eos = _table_of(eos_ids)
 
@@ -157,9 +158,11 @@ class Scheduler:
         return self.rows.decode(rows, self.slots.take(len(rows)))
 
     def _chunks(self) -> Iterable[Chunk]:
-        """Prompts are read in the order of admission, so many tokens in one step."""
+        """Prompts are read in the order of admission, so many tokens and so many prompts in one step."""
         budget = self._prefill_chunk_tokens
-        while budget and self._reading:
+        for _ in range(self._most_chunks):
+            if not (budget and self._reading):
+                return
             chunk = self._chunk(self._reading[0], budget)
             if chunk.samples:
                 self._reading.popleft()

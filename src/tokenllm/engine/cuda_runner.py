@@ -1,0 +1,182 @@
+"""Executes plans on a GPU. The host writes a step's rows, positions and slots into pinned memory and launches; which
+tokens were sampled, the device knows, so the next step is launched before the host has seen them.
+
+    host      plan 1 │ launch 1 │ plan 2 │ launch 2 │ collect 1 │ plan 3 │ launch 3 │ collect 2 │ …
+    device               copy, body 1, head 1, tokens → host │ copy, body 2, head 2, tokens → host │ …
+
+All work is on one stream, in the order of the launches, and so is all that changes on the device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokenllm.engine.batch import Chunk, Logprob, Plan, Sampled
+from tokenllm.engine.device_step import DeviceStep
+from tokenllm.engine.graphs import Graphs, StepShape
+from tokenllm.models.weights import Track
+from tokenllm_kernels import top_logprobs
+from tokenllm_kernels.gpu.inputs import COUNTS, StepLayout
+from tokenllm_kernels.gpu.prefill_hopper import BLOCK_M
+from tokenllm_kernels.gpu.sampling import set_rules
+
+Words = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Pinned memory of one step in flight."""
+
+    words: Tensor
+    tokens: Tensor
+    done: torch.Event
+
+    @classmethod
+    def of(cls, layout: StepLayout, device: torch.device) -> "Staging":
+        words, tokens = (_pinned(torch.zeros(n, dtype=torch.int32), device) for n in (layout.words, layout.rows))
+        return cls(words, tokens, torch.get_device_module(device).Event())
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+@dataclass(frozen=True)
+class AskedLogprobs:
+    """Of the places of a flight whose rows asked: on their way to the host."""
+
+    wanted: dict[int, int]  # place → alternatives
+    found: tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class CudaFlight:
+    """A launched step."""
+
+    staging: Staging
+    rows: int
+    logprobs: AskedLogprobs | None
+
+
+class CudaRunner:
+    """One model with its KV memory, on the current stream of its device."""
+
+    ahead = 1
+
+    def __init__(self, step: DeviceStep, kv: Sequence[Tensor], track: Track[int]) -> None:
+        self._step, self._layout = step, step.layout
+        self._stagings = [Staging.of(step.layout, step.words.device) for _ in range(self.ahead + 2)]
+        self._logprobs: dict[int, int] = {}  # row → alternatives, of rows that asked
+        with torch.inference_mode():
+            self._graphs = Graphs(step, kv, track)
+
+    @property
+    def most_chunks(self) -> int:
+        return self._step.limits.chunks
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> CudaFlight:
+        staging = self._stagings.pop(0)
+        self._stagings.append(staging)
+        shape, used = self._write(staging.words.numpy(), plan)
+        self._step.words[:used].copy_(staging.words[:used], non_blocking=True)
+        self._graphs.body(shape)
+        if shape.samples:
+            self._take_rules([chunk for chunk in plan.chunks if chunk.samples])
+            self._graphs.head(shape.samples)
+            staging.tokens[: shape.samples].copy_(self._step.tokens[: shape.samples], non_blocking=True)
+        logprobs = self._ask_logprobs(plan)
+        staging.done.record()
+        return CudaFlight(staging, shape.samples, logprobs)
+
+    def _write(self, words: Words, plan: Plan) -> tuple[StepShape, int]:
+        """The step as `StepLayout` says; returns its shape and how many words there are."""
+        layout, decodes, n = self._layout, plan.decodes, len(plan.decodes.rows)
+        columns = words[COUNTS : COUNTS + 3 * layout.rows].reshape(3, -1)
+        columns[0, :n], columns[1, :n], columns[2, :n] = decodes.rows, decodes.positions, decodes.slots
+        contexts = self._write_chunks(words, plan.chunks, n)
+        samples = self._write_samples(words, plan)
+        prompt = plan.tokens - n
+        words[:3] = n, prompt, contexts
+        used = layout.prompt + 4 * prompt if plan.chunks else layout.chunk_columns
+        return StepShape(plan.tokens, samples, len(plan.chunks), contexts), used
+
+    def _write_samples(self, words: Words, plan: Plan) -> int:
+        layout, n = self._layout, len(plan.decodes.rows)
+        rows, places, positions = words[layout.samples : layout.chunk_columns].reshape(3, -1)
+        rows[:n], places[:n], positions[:n] = plan.decodes.rows, np.arange(n), plan.decodes.positions
+        positions[:n] += 1
+        samples, place = n, n
+        for chunk in plan.chunks:
+            place += chunk.tokens
+            if chunk.samples:
+                rows[samples], places[samples], positions[samples] = chunk.row, place - 1, chunk.end
+                samples += 1
+        padded = self._graphs.padded(samples) if samples else 0
+        rows[samples:padded] = -1
+        places[samples:] = 0
+        return samples
+
+    def _write_chunks(self, words: Words, chunks: Sequence[Chunk], place: int) -> int:
+        """Returns the tokens of all contexts together."""
+        if not chunks:
+            return 0
+        layout, most = self._layout, self._layout.chunks
+        columns = words[layout.chunk_columns : layout.chunk_columns + 5 * most].reshape(5, -1)
+        counts, ends = (np.array(c, np.int32) for c in ([c.tokens for c in chunks], [c.end for c in chunks]))
+        upto, used = np.cumsum(counts), len(chunks)
+        columns[:4, used:] = 0
+        columns[0, :used] = [chunk.row for chunk in chunks]
+        columns[1, :used] = place + upto - counts
+        columns[2, :used], columns[3, :used] = counts, ends
+        contexts = np.cumsum(ends)
+        columns[4, :used], columns[4, used:] = contexts - ends, contexts[-1]
+        tiles = words[layout.chunk_columns + 5 * most :][: most + 1]
+        tiles[0] = 0
+        tiles[1 : used + 1] = np.cumsum(-(-counts // BLOCK_M))
+        tiles[used + 1 :] = tiles[used]
+        prompt = words[layout.prompt : layout.prompt + 4 * upto[-1]].reshape(4, -1)
+        for chunk, end in zip(chunks, upto, strict=True):
+            mine = slice(end - chunk.tokens, end)
+            prompt[0, mine], prompt[1, mine] = chunk.ids, chunk.row
+            prompt[2, mine], prompt[3, mine] = np.arange(chunk.start, chunk.end), chunk.slots
+        return int(contexts[-1])
+
+    def _take_rules(self, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            if chunk.logprobs is None:
+                self._logprobs.pop(chunk.row, None)
+            else:
+                self._logprobs[chunk.row] = chunk.logprobs
+        set_rules(self._step.table, [chunk.row for chunk in chunks], [chunk.rule for chunk in chunks])
+
+    def _ask_logprobs(self, plan: Plan) -> AskedLogprobs | None:
+        if not self._logprobs:
+            return None
+        rows = enumerate(plan.sampling_rows.tolist())
+        wanted = {place: self._logprobs[row] for place, row in rows if row in self._logprobs}
+        if not wanted:
+            return None
+        device = self._step.words.device
+        places = _pinned(torch.tensor(list(wanted), dtype=torch.int32), device).to(device, non_blocking=True)
+        logits, tokens = self._step.logits.index_select(0, places), self._step.tokens.index_select(0, places)
+        found = top_logprobs(logits, tokens.long(), max(wanted.values()))
+        chosen, top, ids = (t.to("cpu", non_blocking=True) for t in found)
+        return AskedLogprobs(wanted, (chosen, top, ids))
+
+    def collect(self, flight: CudaFlight) -> Sampled:
+        flight.staging.done.synchronize()
+        tokens = flight.staging.tokens.numpy()[: flight.rows].copy()
+        return Sampled(tokens, _logprobs(flight.logprobs) if flight.logprobs else {})
+
+
+def _logprobs(asked: AskedLogprobs) -> dict[int, Logprob]:
+    chosen, top, ids = (tensor.tolist() for tensor in asked.found)
+    return {
+        place: Logprob(chosen[i], tuple(zip(ids[i][:count], top[i][:count], strict=True)))
+        for i, (place, count) in enumerate(asked.wanted.items())
+    }

@@ -1,0 +1,154 @@
+"""The CUDA runner says what the CPU runner says, whatever comes and goes in its batch. Where there is no GPU, Triton's
+interpreter plays it: everything but the capture of graphs is the same.
+"""
+
+from collections import deque
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tokenllm.engine.cuda_runner import CudaRunner
+from tokenllm.engine.cuda_start import limits_of
+from tokenllm.engine.device_step import DeviceStep
+from tokenllm.engine.runner import CpuRunner
+from tokenllm.memory.token_slots import TokenSlots
+from tokenllm.messages import Sampling, Step, Submit
+from tokenllm.models.decoder import Decoder, Layer
+from tokenllm.routing.policy import Conservative
+from tokenllm.scheduler.scheduler import Scheduler
+from tokenllm_kernels import Linear, kernels_for, prepare_linear, rope_table
+
+ROWS, CONTEXT, SLOTS, CHUNK, VOCAB = 5, 64, 200, 16, 101
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tiny_decoder(*, qk_norm: bool, heads: int, kv_heads: int) -> Decoder:
+    """Random weights, large enough that tokens are not near-ties."""
+    hidden, width, head_dim, generator = 32, 48, 16, torch.Generator().manual_seed(heads)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.3
+
+    def layer() -> Layer:
+        return Layer(
+            input_norm=1 + random(hidden),
+            qkv=prepare_linear(
+                random((heads + 2 * kv_heads) * head_dim, hidden), random((heads + 2 * kv_heads) * head_dim)
+            ),
+            qk_norm=(1 + random(head_dim), 1 + random(head_dim), 1e-6) if qk_norm else None,
+            o=prepare_linear(random(hidden, heads * head_dim)),
+            post_norm=1 + random(hidden),
+            gate_up=prepare_linear(random(2 * width, hidden)),
+            down=prepare_linear(random(hidden, width)),
+        )
+
+    embedding = random(VOCAB, hidden)
+    rope = rope_table(100.0 ** -torch.linspace(0, 1, head_dim // 2), CONTEXT, torch.float32)
+    layers = tuple(layer() for _ in range(2))
+    return Decoder(
+        embedding, layers, 1 + random(hidden), prepare_linear(random(VOCAB, hidden)), rope, heads, kv_heads, head_dim,
+        1e-5, torch.float32, kernels_for(torch.device("cpu")),
+    )  # fmt: skip
+
+
+def on_gpu(decoder: Decoder) -> Decoder:
+    """The same weights where Triton computes."""
+    from tokenllm_kernels import gpu
+
+    def moved(value: Any) -> Any:
+        match value:
+            case torch.Tensor():
+                return value.to(DEVICE)
+            case Linear():
+                plain = value.weight if value.kind == "plain" else value.weight.to_dense()
+                bias = None if value.bias is None else value.bias.to(DEVICE)
+                return Linear("plain", plain.to(DEVICE), bias, value.out_features)
+            case Layer():
+                return Layer(**{name: moved(field) for name, field in vars(value).items()})
+            case tuple():
+                return tuple(moved(item) for item in value)
+        return value
+
+    fields = {name: moved(field) for name, field in vars(decoder).items()}
+    return Decoder(**fields | {"kernels": gpu})
+
+
+def submits() -> list[tuple[int, Submit]]:
+    """Prompts of all lengths, which come at different steps and sample in different ways."""
+    random = np.random.default_rng(1)
+    found = []
+    for uid in range(7):
+        prompt = random.integers(0, VOCAB, int(random.integers(1, 40)), dtype=np.int32)
+        rule = Sampling(
+            seed=uid,
+            temperature=0.9 * (uid % 3 == 1),
+            top_k=7 * (uid % 2),
+            top_p=0.9 if uid % 4 == 1 else 1.0,
+            frequency_penalty=0.7 * (uid % 3 == 2),
+            logprobs=2,
+        )
+        found.append((uid * 2 % 7, Submit(uid, prompt.tobytes(), int(random.integers(1, 9)), rule, ignore_eos=True)))
+    return found
+
+
+def told(runner: CpuRunner | CudaRunner) -> dict[int, list[Any]]:
+    """What each request was told, the books kept and steps run ahead as the server does."""
+    slots = TokenSlots(SLOTS)
+    books = Scheduler(
+        slots, Conservative(SLOTS), rows=ROWS, max_positions=CONTEXT, prefill_chunk_tokens=CHUNK,
+        most_chunks=runner.most_chunks, max_queued_requests=99, max_queued_tokens=999, eos_ids=frozenset(),
+    )  # fmt: skip
+    flights: deque[Any] = deque()
+    said: dict[int, list[Any]] = {}
+    for step in range(200):
+        for since, submit in submits():
+            if since == step:
+                books.accept(submit)
+        planned = books.plan()
+        if planned:
+            flights.append((planned, runner.launch(planned.plan)))
+        if len(flights) > runner.ahead or (flights and not planned):
+            planned, flight = flights.popleft()
+            enter(books.settle(planned, runner.collect(flight)), said)
+    assert slots.held == 0
+    return said
+
+
+def enter(step: Step, said: dict[int, list[Any]]) -> None:
+    for uid, tokens in step.logprobs.items():
+        said.setdefault(uid, []).extend(tokens)
+
+
+@pytest.mark.parametrize(("qk_norm", "heads", "kv_heads"), [(False, 4, 2), (True, 3, 1)])
+def test_it_says_what_the_cpu_says(qk_norm: bool, heads: int, kv_heads: int) -> None:
+    decoder = tiny_decoder(qk_norm=qk_norm, heads=heads, kv_heads=kv_heads)
+    expected = told(CpuRunner(decoder, SLOTS, ROWS, CONTEXT))
+    step = DeviceStep(on_gpu(decoder), limits_of(ROWS, CHUNK, CONTEXT))
+    runner = CudaRunner(step, step.decoder.kv_memory(SLOTS), iter)
+    said = told(runner)
+    assert said.keys() == expected.keys()
+    for uid, tokens in expected.items():
+        assert [t.token for t in said[uid]] == [t.token for t in tokens], f"request {uid}"
+        assert np.allclose([t.logprob for t in said[uid]], [t.logprob for t in tokens], atol=1e-4)
+
+
+def test_a_row_of_no_numbers_is_told_apart() -> None:
+    decoder = tiny_decoder(qk_norm=False, heads=4, kv_heads=2)
+    broken = decoder.embedding.clone()
+    broken[7] = torch.nan
+    step = DeviceStep(on_gpu(replace(decoder, embedding=broken)), limits_of(ROWS, CHUNK, CONTEXT))
+    runner = CudaRunner(step, step.decoder.kv_memory(SLOTS), iter)
+    books = Scheduler(
+        TokenSlots(SLOTS), Conservative(SLOTS), rows=ROWS, max_positions=CONTEXT, prefill_chunk_tokens=CHUNK,
+        most_chunks=9, max_queued_requests=9, max_queued_tokens=99, eos_ids=frozenset(),
+    )  # fmt: skip
+    for uid, ids in enumerate(([1, 7, 2], [1, 3, 2])):
+        books.accept(Submit(uid, np.array(ids, np.int32).tobytes(), 3, Sampling(seed=0, temperature=0.0)))
+    planned = books.plan()
+    assert planned
+    tokens = runner.collect(runner.launch(planned.plan)).tokens.tolist()
+    assert tokens[0] == -1
+    assert 0 <= tokens[1] < VOCAB
