@@ -1,5 +1,5 @@
-"""Throughput without HTTP: all requests of a workload at once, through the scheduler's own loop in this process, greedy,
-end tokens ignored. Tells output tokens per second, and where the host's time goes in each kind of step.
+"""Throughput without HTTP: all requests of a workload at once, through the scheduler's own loop in this process,
+greedy, end tokens ignored. Tells output tokens per second, and where the host's time goes in each kind of step.
 
     make bench-gpu BENCH=offline ARGS="tests/data/llama-3.1-8b-config.json load_tests/workloads/w1.json"
 """
@@ -15,6 +15,7 @@ from driving import (
     PHASES,
     Drive,
     HostTime,
+    Pair,
     Started,
     Turn,
     add_engine_flags,
@@ -41,7 +42,7 @@ class Outcome:
     steps_with_prompts: int
     mean_batch: float
     wait_share: float  # of the wall: the host waited for the device
-    step_ms: dict[str, tuple[float | None, float | None]]  # by kind of the collected step: p50, p99
+    step_ms: dict[str, Pair]  # by kind of the collected step: p50, p99
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -113,11 +114,11 @@ def show(found: Outcome, hosts: list[HostTime], turns: Sequence[Turn], started: 
     keep(out, f"gpu-offline-{name}", measured, figure)
 
 
-def _both(pair: tuple[float | None, float | None]) -> str:
+def _both(pair: Pair) -> str:
     return "-" if pair[0] is None or pair[1] is None else f"{pair[0]:.0f} / {pair[1]:.0f}"
 
 
-def _trace(turn: Turn) -> dict[str, float]:
+def _trace(turn: Turn) -> dict[str, int]:
     """For whoever wants to look closer: microseconds, rows and prompt tokens."""
     plan = turn.launched
     sizes = {"decodes": len(plan.decodes.rows), "prompt_tokens": plan.tokens - len(plan.decodes.rows)} if plan else {}

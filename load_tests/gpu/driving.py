@@ -7,12 +7,12 @@ import gc
 import random
 import tempfile
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -35,6 +35,7 @@ from tokenllm.scheduler.loop import Loop
 from tokenllm.scheduler.scheduler import Scheduler
 
 R = TypeVar("R")
+Pair: TypeAlias = tuple[float | None, float | None]  # p50 and p99; none of nothing
 
 BYTES_PER_ID = 4
 
@@ -108,7 +109,7 @@ def _progress(doing: str) -> Track[int]:
 class Turn:
     """One turn of a loop, in seconds. A phase is without the phases inside it; `wait` is for the GPU."""
 
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     total_s: float = 0.0
     launched: Plan | None = None
     collected: Plan | None = None
@@ -176,7 +177,7 @@ class MeteredRunner:
     """Passes everything on, and notes what it was."""
 
     def __init__(self, meter: Meter, runner: Runner[Any]) -> None:
-        self.ahead = runner.ahead
+        self.ahead, self.most_chunks = runner.ahead, runner.most_chunks
         self._meter = meter
         self._launch = meter.timing("launch", runner.launch)
         self._collect = meter.timing("collect", runner.collect)
@@ -208,7 +209,7 @@ class LocalEnds:
         match message:
             case Step(ids=ids, finished=finished):
                 self.output_tokens += len(ids) // BYTES_PER_ID
-                self.ended += np.count_nonzero(finished)
+                self.ended += int(np.count_nonzero(finished))
             case _ if type(message).__name__ == "Refused":
                 raise AssertionError(f"the scheduler refused a request of the benchmark: {message}")
 
@@ -262,8 +263,7 @@ def random_prompt(seed: int, tokens: int, vocab_size: int) -> list[int]:
     return random.Random(seed).choices(range(vocab_size), k=tokens)
 
 
-def percentiles(values: Iterable[float], scale: float) -> tuple[float, float] | tuple[None, None]:
-    """p50 and p99; none of nothing."""
+def percentiles(values: Iterable[float], scale: float) -> Pair:
     found = [value * scale for value in values]
     return (float(np.percentile(found, 50)), float(np.percentile(found, 99))) if found else (None, None)
 
@@ -273,7 +273,7 @@ class HostTime(msgspec.Struct, frozen=True):
 
     kind: str
     steps: int
-    phases: dict[str, tuple[float | None, float | None]]
+    phases: dict[str, Pair]
 
 
 PHASES = ("accept", "plan", "launch", "collect", "settle", "send", "rest")
@@ -288,7 +288,7 @@ def host_times(turns: Sequence[Turn]) -> list[HostTime]:
     return [HostTime(kind, len(those), _phases(those)) for kind, those in kinds.items() if those]
 
 
-def _phases(turns: Sequence[Turn]) -> dict[str, tuple[float | None, float | None]]:
+def _phases(turns: Sequence[Turn]) -> dict[str, Pair]:
     found = {phase: percentiles((turn.seconds[phase] for turn in turns), 1e6) for phase in PHASES}
     return found | {"host": percentiles((turn.host_s for turn in turns), 1e6)}
 

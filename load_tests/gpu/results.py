@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def limits_line(limits: Limits) -> str:
     )
 
 
-def keep(folder: Path, name: str, measured: dict[str, object], figure: Figure | None = None) -> None:
+def keep(folder: Path, name: str, measured: Mapping[str, object], figure: Figure | None = None) -> None:
     """Write NAME.json, and NAME.png if there is a picture, and say where."""
     folder.mkdir(parents=True, exist_ok=True)
     conditions = {
@@ -63,7 +63,7 @@ def keep(folder: Path, name: str, measured: dict[str, object], figure: Figure | 
         "device": device_name(),
         "torch": torch.__version__,
     }
-    (folder / f"{name}.json").write_text(json.dumps(conditions | measured, indent=1))
+    (folder / f"{name}.json").write_text(json.dumps({**conditions, **measured}, indent=1))
     if figure:
         figure.savefig(folder / f"{name}.png", dpi=110)
     open_console().print(f"saved {folder / name}.json{' and .png' if figure else ''}", highlight=False)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Any
 
 import torch
 import triton
@@ -72,17 +73,24 @@ class Limits:
 
 def limits() -> Limits:
     """Half a second of work and 4 GB of memory, which is given back."""
-    there = torch.cuda.is_available()
-    device, name = ("cuda", torch.cuda.get_device_name()) if there else ("cpu", "no GPU")
-    source = torch.randn(1 << 30 if there else 1 << 20, device=device, dtype=torch.bfloat16)
-    copy, read = _copy_us(source), call_us([lambda: source.view(torch.int32).amax()] * 4)
-    side = 8192 if there else 256
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    gemm = call_us([lambda: a @ b] * 10)
-    found = Limits(name, 2 * source.nbytes / copy / 1e6, source.nbytes / read / 1e6, 2 * side**3 / gemm / 1e6)
-    del source, a, b
+    if torch.cuda.is_available():
+        found = Limits(torch.cuda.get_device_name(), *_memory_tb_s("cuda", 1 << 30), _gemm_tflop_s("cuda", 8192))
+    else:
+        found = Limits("no GPU", *_memory_tb_s("cpu", 1 << 20), _gemm_tflop_s("cpu", 256))
     give_back_memory()
     return found
+
+
+def _memory_tb_s(device: str, elements: int) -> tuple[float, float]:
+    """Copy and read."""
+    source = torch.randn(elements, device=device, dtype=torch.bfloat16)
+    read_us = call_us([lambda: source.view(torch.int32).amax()] * 4)
+    return 2 * source.nbytes / _copy_us(source) / 1e6, source.nbytes / read_us / 1e6
+
+
+def _gemm_tflop_s(device: str, side: int) -> float:
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * side**3 / call_us([lambda: a @ b] * 10) / 1e6
 
 
 def give_back_memory() -> None:
@@ -97,10 +105,13 @@ def _copy_us(source: Tensor) -> float:
     target = torch.empty_like(source)
     ways = [call_us([lambda: torch.add(source, 0, out=target)] * 4)]
     if source.is_cuda:
-        blocks = [(triton.cdiv(source.numel(), block), block) for block in (2048, 8192)]
-        ways += [call_us([lambda g=g, b=b: _copy_kernel[(g,)](source, target, BLOCK=b)] * 4) for g, b in blocks]  # pyright: ignore[reportIndexIssue]
+        ways += [call_us([lambda block=block: _copy_with(source, target, block)] * 4) for block in (2048, 8192)]
         ways.append(replay_ms(lambda: target.copy_(source)) * 1000)
     return min(ways)
+
+
+def _copy_with(source: Tensor, target: Tensor, block: Any) -> None:
+    _copy_kernel[(triton.cdiv(source.numel(), block),)](source, target, block)
 
 
 @triton.jit
