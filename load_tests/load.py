@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from loadgen import report as reports
 from loadgen.client import Answered, Arrivals, Failed, Outcome, Pace, Server, ServerFault, Streams, find_model, run_load
 from loadgen.figures import Run, summarise
+from loadgen.many import run_in_processes
 from loadgen.workload import CHAT_FILE, Lengths, Workload, WorkloadError, parse_id_range, read_workload
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,6 +40,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     pace.add_argument("--concurrency", default="1,8,16", help="streams, one run for each; default: %(default)s")
     pace.add_argument("--rate", type=float, help="requests per second, arriving at random, instead of --concurrency")
     add("--seed", type=int, default=0, help="of the arrival times; default: %(default)s")
+    add("--processes", type=_at_least_one, default=1, help="that share the requests; default: %(default)s")
     add("--timeout", type=float, default=600.0, help="seconds for one request; default: %(default)s")
     add(
         "--extra-body",
@@ -120,7 +122,7 @@ class LiveProgress:
 
 
 async def measure(
-    server: Server, workload: Workload, paces: list[Pace], asked: int | None, console: Console
+    server: Server, workload: Workload, paces: list[Pace], asked: int | None, processes: int, console: Console
 ) -> list[Run]:
     """One run for each pace, after one request that is not counted and shows that the server answers."""
     await _warm_up(server, workload)
@@ -131,7 +133,10 @@ async def measure(
         first += count
         live = LiveProgress(console, reports.pace_name(pace), count)
         with live.bar:
-            outcomes = await run_load(server, prompts, pace, live.count)
+            if processes == 1:
+                outcomes = await run_load(server, prompts, pace, live.count)
+            else:
+                outcomes = await asyncio.to_thread(run_in_processes, processes, server, prompts, pace, live.count)
         runs.append(Run(reports.pace_name(pace), pace, summarise(outcomes), outcomes))
     return runs
 
@@ -147,7 +152,7 @@ async def load_server(arguments: argparse.Namespace, console: Console) -> report
     base_url = arguments.base_url.rstrip("/")
     model = arguments.model or await find_model(base_url, arguments.api_key)
     server = Server(base_url, model, arguments.api_key, arguments.extra_body, arguments.timeout)
-    runs = await measure(server, workload, paces, arguments.requests, console)
+    runs = await measure(server, workload, paces, arguments.requests, arguments.processes, console)
     name = arguments.name or Path(model).stem
     return reports.Report(name, reports.now(), reports.machine_name(), base_url, model, workload.name, runs)
 

@@ -227,10 +227,14 @@ class _Models(msgspec.Struct):
 
 
 async def run_load(
-    server: Server, prompts: Sequence[Prompt], pace: Pace, report: Callable[[Outcome], None] = lambda outcome: None
+    server: Server,
+    prompts: Sequence[Prompt],
+    pace: Pace,
+    report: Callable[[Outcome], None] = lambda outcome: None,
+    began: float | None = None,
 ) -> list[Outcome]:
-    """Send all prompts at the pace; the outcomes come in the order of the prompts."""
-    began = time.monotonic()
+    """Send all prompts at the pace; the outcomes come in the order of the prompts, their times since `began` or now."""
+    began = time.monotonic() if began is None else began
     outcomes: dict[int, Outcome] = {}
 
     async def send(number: int) -> None:
