@@ -21,7 +21,7 @@ TOKENLLM = $(PIP) --no-build-isolation -e
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help serve test test-slow check load bench-cpu bench-ring bench-host lock clean
+.PHONY: help serve test test-slow check load bench-cpu bench-ring bench-host bench-gpu lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -55,6 +55,9 @@ bench-ring: $(VENV)/.load ## the ring against a pipe and a queue
 
 bench-host: $(VENV)/.load ## what a step costs the scheduler's process beside the model
 	$(BIN)/python load_tests/host_bench.py $(ARGS)
+
+bench-gpu: $(VENV)/.load ## measure the CUDA engine: BENCH=kernels, steps, offline, prefill, idle, serving or startup (ARGS="-h")
+	PYTHONPATH=load_tests $(BIN)/python load_tests/gpu/bench_$(or $(BENCH),kernels).py $(ARGS)
 
 lock: ## resolve every dependency anew and write constraints.txt (with the oldest Python, so that it fits all)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make lock wants PYTHON=python3.11" >&2; exit 1; }
