@@ -25,6 +25,7 @@ from results import add_out_flag, keep, limits_line, one_plot, open_console, tab
 from tokenllm_kernels import LogitsRule, prepare_linear
 from tokenllm_kernels.gpu import layers
 from tokenllm_kernels.gpu.decode_attention import DecodePlan, DecodeTiling, decode_attention, plan_decode
+from tokenllm_kernels.gpu.inputs import gather_contexts
 from tokenllm_kernels.gpu.linear import linear, linear_silu_mul, tiles_for
 from tokenllm_kernels.gpu.prefill_attention import ChunkTable, prefill_attention
 from tokenllm_kernels.gpu.prefill_hopper import (
@@ -108,6 +109,16 @@ def decode_cases(quick: bool) -> dict[str, list[int]]:
 def decode(bench: Bench) -> Iterator[Measurement]:
     for case, lengths in decode_cases(bench.quick).items():
         yield decode_case(bench, case, lengths)
+    for batch in (256, 1024):
+        yield plan_case(bench, batch)
+
+
+def plan_case(bench: Bench, batch: int) -> Measurement:
+    """Once a step: where each program's piece of the work begins."""
+    tiling = DecodeTiling.of(bench.dtype, HEAD_DIM, bench.device)
+    plan = DecodePlan.empty(batch, HEADS, KV_HEADS, HEAD_DIM, tiling, bench.device)
+    plan.lengths.fill_(1024)
+    return Measurement("plan_decode", f"{batch} sequences", call_us([lambda: plan_decode(plan, batch, KV_HEADS)] * 16))
 
 
 def decode_case(bench: Bench, case: str, lengths: list[int]) -> Measurement:
@@ -141,6 +152,17 @@ def prefill_cases(quick: bool) -> dict[str, list[int]]:
 def prefill(bench: Bench) -> Iterator[Measurement]:
     for case, counts in prefill_cases(bench.quick).items():
         yield from prefill_case(bench, case, counts)
+    yield gather_case(bench, 8192)
+
+
+def gather_case(bench: Bench, tokens: int) -> Measurement:
+    """Scattered contexts copied together for the Hopper kernel, once a layer."""
+    bytes_ = 2 * tokens * KV_HEADS * 2 * HEAD_DIM * bench.dtype.itemsize
+    pools = [bench.randn(tokens + 1, KV_HEADS, 2, HEAD_DIM) for _ in range(copies_of(bytes_))]
+    slots, words = bench.ints(torch.randperm(tokens)), bench.ints([0, 0, tokens, 0])
+    workspace = torch.zeros_like(pools[0])
+    calls = [lambda kv=kv: gather_contexts(words, slots, kv, workspace) for kv in pools]
+    return bench.memory("gather_contexts", f"{tokens} tokens", calls, bytes_)
 
 
 def prefill_case(bench: Bench, case: str, counts: list[int]) -> Iterator[Measurement]:
