@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenllm_kernels.gpu.device import multiprocessors
+from tokenllm_kernels.gpu.launch import after_predecessors, dependent, let_successors_begin, prefetch_512
 
 LOG2_E = 1.4426950408889634
 
@@ -39,7 +40,7 @@ class DecodeTiling:
     def of(cls, dtype: torch.dtype, head_dim: int, device: torch.device) -> "DecodeTiling":
         """For H100, measured; a token and head of K and V are 512 bytes at bfloat16 and head_dim 128."""
         block_n = max(16, min(64, 64 * 256 // (head_dim * dtype.itemsize)))
-        return cls(block_n=block_n, warps=4, stages=3, programs=2 * multiprocessors(device))
+        return cls(block_n=block_n, warps=2, stages=3, programs=4 * multiprocessors(device))
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def plan_decode(plan: DecodePlan, sequences: int, kv_heads: int) -> None:
     _plan_kernel[(triton.cdiv(tiling.programs, at_once),)](
         plan.lengths, plan.before, plan.pieces, sequences, kv_heads, tiling.programs,
         BLOCK_N=tiling.block_n, SEQUENCES=triton.next_power_of_2(sequences), AT_ONCE=at_once,
-        num_warps=max(1, min(8, sequences // 64)),
+        num_warps=8 if sequences > 256 else 4,
     )  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def _decode_kernel(
     q, kv, out, lengths, rows, index, before, pieces, partial, arrived,
     q_stride, index_stride, kv_heads, scale, programs,
     GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """q [sequences, kv_heads, GROUP, HEAD_DIM] with rows `q_stride` apart; out the same, contiguous."""
     program = tl.program_id(0)
@@ -126,6 +127,12 @@ def _decode_kernel(
     d = tl.arange(0, HEAD_DIM)
     token = tl.arange(0, BLOCK_N)
     kv_stride = kv_heads * 2 * HEAD_DIM
+    let_successors_begin(PDL)
+    if left > 0:  # K and V of older tokens are there already
+        n = tl.minimum(tile * BLOCK_N + token, tl.load(lengths + sequence) - 1)
+        slot = tl.load(index + tl.load(rows + sequence).to(tl.int64) * index_stride + n).to(tl.int64)
+        prefetch_512(kv + slot * kv_stride + head * 2 * HEAD_DIM, PDL)
+    after_predecessors(PDL)
     while left > 0:
         length = tl.load(lengths + sequence)
         slots = index + tl.load(rows + sequence).to(tl.int64) * index_stride
@@ -234,10 +241,11 @@ def decode_attention(q: Tensor, kv: Tensor, index: Tensor, plan: DecodePlan, out
     """
     heads, head_dim, kv_heads = q.shape[1], q.shape[2], kv.shape[1]
     tiling, group = plan.tiling, heads // kv_heads
+    pdl = dependent(q.device) and 2 * head_dim * q.itemsize >= 512
     _decode_kernel[(tiling.programs,)](
         q, kv, out, plan.lengths, plan.rows, index, plan.before, plan.pieces, plan.partial, plan.arrived,
         q.stride(0), index.stride(0), kv_heads, head_dim**-0.5 * LOG2_E, tiling.programs,
         GROUP=group, GROUP_TILE=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim, BLOCK_N=tiling.block_n,
         STAGES=tiling.stages, PRECISION="ieee" if q.dtype == torch.float32 else None,
-        num_warps=tiling.warps,
+        PDL=pdl, num_warps=tiling.warps, launch_pdl=pdl,
     )  # fmt: skip

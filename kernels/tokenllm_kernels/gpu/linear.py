@@ -22,10 +22,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenllm_kernels.gpu.device import is_hopper
+from tokenllm_kernels.gpu.launch import after_predecessors, dependent, let_successors_begin, prefetch_2048
 from tokenllm_kernels.gpu.layers import silu_mul
 from tokenllm_kernels.reference import Linear
 
 MOST_TOKENS = 128  # beyond, the product is no longer bound by the weight alone, and cuBLAS is at home
+PREFETCHED = 1024  # weights of each row, fetched while the kernel before still runs: 2048 bytes
 SPLIT_WORKSPACE = 1 << 23  # float32 numbers
 
 
@@ -60,7 +62,7 @@ class SplitWorkspace:
 def _few_tokens_kernel(
     x, weight, bias, out, sums, arrived, tokens, features, depth, share, splits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
-    GATED: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [tokens, features] = x [tokens, depth] · weight [features, depth]ᵀ; GATED: weight [2 · features, depth]."""
     block, split = tl.program_id(0), tl.program_id(1)
@@ -70,6 +72,12 @@ def _few_tokens_kernel(
     column = tl.minimum(m, tokens - 1) * depth
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    let_successors_begin(PDL)
+    first = weight + row + split * share
+    prefetch_2048(first, PDL)
+    if GATED:
+        prefetch_2048(first + features.to(tl.int64) * depth, PDL)
+    after_predecessors(PDL)
     for start in tl.range(split * share, tl.minimum((split + 1) * share, depth), BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         inputs = tl.load(x + column[None, :] + k[:, None])
@@ -138,12 +146,19 @@ def few_tokens(
             <= SPLIT_WORKSPACE
         )
     workspace = SplitWorkspace.of(x.device)
+    pdl = (
+        dependent(x.device)
+        and x.itemsize == 2
+        and share >= PREFETCHED
+        and depth - share * (tiles.splits - 1) >= PREFETCHED
+    )
     _few_tokens_kernel[(triton.cdiv(features, tiles.block_n), tiles.splits)](
         x, weight, x if bias is None else bias, out, workspace.sums, workspace.arrived,
         tokens, features, depth, share, tiles.splits,
         BLOCK_M=block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
         SPLIT=tiles.splits > 1, GATED=gated, BIAS=bias is not None, STAGES=tiles.stages,
-        PRECISION="ieee" if x.dtype == torch.float32 else None, num_warps=tiles.warps,
+        PRECISION="ieee" if x.dtype == torch.float32 else None, PDL=pdl,
+        num_warps=tiles.warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
 

@@ -543,13 +543,21 @@ def _pack(rows: Sequence[int], rules: Sequence[LogitsRule], vocab: int, *, pin: 
     bias_width = max(len(rule.logit_bias) for rule in rules)
     packed = torch.empty(len(rows), _WORDS.value + 2 * bias_width, dtype=torch.int32, pin_memory=pin)
     words, floats = packed.numpy(), packed.numpy().view(np.float32)
-    for i, (row, rule) in enumerate(zip(rows, rules, strict=True)):
-        temperature = max(rule.temperature, SMALLEST_TEMPERATURE) if rule.temperature > 0 else 0.0
-        words[i, 0] = row
-        words[i, 1:3] = np.array([rule.seed & 0xFFFFFFFF, rule.seed >> 32 & 0xFFFFFFFF], np.uint32).view(np.int32)
-        floats[i, 3:8] = temperature, rule.top_p, rule.min_p, rule.frequency_penalty, rule.presence_penalty
-        words[i, 8] = rule.top_k if rule.top_k < vocab else 0
-        words[i, 9] = len(rule.logit_bias)
+    words[:, 0] = rows
+    words[:, 1:3] = np.array([rule.seed for rule in rules], np.uint64).view(np.int32).reshape(-1, 2)
+    floats[:, 3:8] = [
+        (
+            max(rule.temperature, SMALLEST_TEMPERATURE) if rule.temperature > 0 else 0.0,
+            rule.top_p,
+            rule.min_p,
+            rule.frequency_penalty,
+            rule.presence_penalty,
+        )
+        for rule in rules
+    ]
+    words[:, 8] = [rule.top_k if rule.top_k < vocab else 0 for rule in rules]
+    words[:, 9] = [len(rule.logit_bias) for rule in rules]
+    for i, rule in enumerate(rules):
         for j, (token, value) in enumerate(rule.logit_bias):
             words[i, _WORDS.value + j] = token
             floats[i, _WORDS.value + bias_width + j] = value

@@ -39,7 +39,7 @@ def start_cuda(
 
 def limits_of(rows: int, prompt_tokens: int, context: int) -> Limits:
     chunks = min(MOST_CHUNKS, max(LEAST_CHUNKS, (rows + prompt_tokens) // TOKENS_PER_CHUNK))
-    return Limits(rows, context, prompt_tokens, chunks)
+    return Limits(rows, context, prompt_tokens, 1 << chunks.bit_length() - 1)  # kernels look it up in a power of two
 
 
 @torch.inference_mode()

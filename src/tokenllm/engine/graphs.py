@@ -84,6 +84,7 @@ class Graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
                 self._compute(kind, size)
+            graph.replay()  # the first sends it to the device
             return graph.replay
 
         return capture
