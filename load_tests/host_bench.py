@@ -54,7 +54,6 @@ class FakeRunner:
 
     ahead = 1
     most_chunks = CHUNK_TOKENS
-    most_chunks = CHUNK_TOKENS
 
     def __init__(self) -> None:
         self.paced = False

@@ -109,6 +109,7 @@ def decode_cases(quick: bool) -> dict[str, list[int]]:
 def decode(bench: Bench) -> Iterator[Measurement]:
     for case, lengths in decode_cases(bench.quick).items():
         yield decode_case(bench, case, lengths)
+    yield decode_case(bench, "64 x 4096, slots in order", [4096] * 64, scattered=False)
     for batch in (256, 1024):
         yield plan_case(bench, batch)
 
@@ -121,13 +122,13 @@ def plan_case(bench: Bench, batch: int) -> Measurement:
     return Measurement("plan_decode", f"{batch} sequences", call_us([lambda: plan_decode(plan, batch, KV_HEADS)] * 16))
 
 
-def decode_case(bench: Bench, case: str, lengths: list[int]) -> Measurement:
-    """Slots are scattered over the pool, as they are after some hours of serving."""
+def decode_case(bench: Bench, case: str, lengths: list[int], *, scattered: bool = True) -> Measurement:
+    """Scattered slots are as they are after some hours of serving."""
     tokens, batch = sum(lengths), len(lengths)
     bytes_ = tokens * KV_HEADS * 2 * HEAD_DIM * bench.dtype.itemsize
     pools = [bench.randn(tokens + 1, KV_HEADS, 2, HEAD_DIM) for _ in range(copies_of(bytes_))]
     index = torch.full((batch, max(lengths)), tokens, dtype=torch.int32, device=bench.device)
-    slots, begin = torch.randperm(tokens, device=bench.device).int(), 0
+    slots, begin = bench.ints(torch.randperm(tokens) if scattered else range(tokens)), 0
     for row, length in enumerate(lengths):
         index[row, :length] = slots[begin : begin + length]
         begin += length
