@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_offline import read_lengths
-from driving import Drive, add_engine_flags, greedy, kind_of, start
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from bench_offline import read_lengths
+from driving import Drive, add_engine_flags, greedy, kind_of, start
 from results import add_out_flag, keep, one_plot, open_console, table_of
 
 LONG_GAP_US = 10.0  # longer than the pause between two kernels of a graph: the device waits for the host

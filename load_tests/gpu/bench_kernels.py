@@ -16,12 +16,11 @@ from pathlib import Path
 
 import torch
 from rich.progress import track
-from timing import Limits, call_us, limits
 from torch import Tensor
 from torch.nn import functional
-from tune_linear import Shape, compile_one, random_case, shapes_of
 
 from results import add_out_flag, keep, limits_line, one_plot, open_console, table_of
+from timing import Limits, call_us, limits
 from tokenllm_kernels import LogitsRule, prepare_linear
 from tokenllm_kernels.gpu import layers
 from tokenllm_kernels.gpu.decode_attention import DecodePlan, DecodeTiling, decode_attention, plan_decode
@@ -37,6 +36,7 @@ from tokenllm_kernels.gpu.prefill_hopper import (
     prefill_attention_hopper,
 )
 from tokenllm_kernels.gpu.sampling import SamplingTable, SamplingWorkspace, sample_rows, set_rules
+from tune_linear import Shape, compile_one, random_case, shapes_of
 
 EIGHT_B = Path(__file__).parents[2] / "tests" / "data" / "llama-3.1-8b-config.json"
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128

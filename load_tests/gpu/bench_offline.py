@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+
 from driving import (
     PHASES,
     Drive,
@@ -25,7 +26,6 @@ from driving import (
     percentiles,
     start,
 )
-
 from loadgen.workload import IdRange, Lengths, read_workload
 from results import add_out_flag, keep, one_plot, open_console, table_of
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 import msgspec
-from driving import Drive, Started, Turn, add_engine_flags, greedy, host_times, layer_elements, random_prompt, start
-from timing import Limits, limits
 
+from driving import Drive, Started, Turn, add_engine_flags, greedy, host_times, layer_elements, random_prompt, start
 from results import add_out_flag, keep, limits_line, one_plot, open_console, table_of
+from timing import Limits, limits
 
 
 @dataclass(frozen=True)

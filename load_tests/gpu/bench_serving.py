@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from model_folder import write_model_folder
-from served import served
-
 from loadgen import report
 from loadgen.client import Answered
 from loadgen.figures import Run, percentiles
+from model_folder import write_model_folder
 from results import add_out_flag, keep, open_console, table_of
+from served import served
 
 LOAD_TESTS = Path(__file__).parents[1]
 

@@ -11,11 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+
 from model_folder import write_model_folder, write_random_weights
+from results import add_out_flag, keep, open_console, table_of
 from served import Served, served
 from timing import give_back_memory
-
-from results import add_out_flag, keep, open_console, table_of
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:

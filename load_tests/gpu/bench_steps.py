@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from driving import Meter, MeteredRunner, Started, add_engine_flags, percentiles, start
-from timing import Limits, limits
 
+from driving import Meter, MeteredRunner, Started, add_engine_flags, percentiles, start
 from results import add_out_flag, keep, limits_line, one_plot, open_console, table_of
+from timing import Limits, limits
 from tokenllm.engine.batch import Chunk, Column, Decodes, Plan
 from tokenllm.engine.start import BatchSize
 from tokenllm_kernels import LogitsRule

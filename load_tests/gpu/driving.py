@@ -17,9 +17,9 @@ from typing import Any, TypeAlias, TypeVar, cast
 import msgspec
 import numpy as np
 import torch
-from model_folder import write_model_folder
 from rich.progress import track
 
+from model_folder import write_model_folder
 from tokenllm.checkpoint.description import ModelDescription, describe
 from tokenllm.config import ServeConfig
 from tokenllm.counters import Page, create_page

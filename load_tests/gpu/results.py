@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+
 from timing import Limits
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 import triton
 from rich.progress import track
-from timing import call_us, error
 from torch import Tensor
 from torch.nn import functional
 
+from timing import call_us, error
 from tokenllm_kernels.gpu.layers import silu_mul
 from tokenllm_kernels.gpu.linear import SPLIT_WORKSPACE, Tiles, few_tokens
 

@@ -135,9 +135,9 @@ def test_gaps_are_what_no_kernel_covers(work: list[Work]) -> None:
 def test_random_weights_are_a_checkpoint_of_the_shape(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import model_folder
     import torch
 
+    import model_folder
     from tokenllm.checkpoint.description import describe
     from tokenllm.models.weights import Precision, load_decoder, open_weights
     from tokenllm.text.tokenizer import load_tokenizer
