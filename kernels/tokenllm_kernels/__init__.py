@@ -12,12 +12,13 @@ from tokenllm_kernels.reference import (
     Attention,
     Linear,
     LogitsRule,
-    add_rms_norm,
     attention,
     embed,
     in_half_range,
     linear,
-    linear_silu_mul,
+    linear_add,
+    norm_linear,
+    norm_linear_silu_mul,
     philox_uniform,
     plan_attention,
     prepare_linear,
@@ -34,13 +35,14 @@ __all__ = [
     "Kernels",
     "Linear",
     "LogitsRule",
-    "add_rms_norm",
     "attention",
     "embed",
     "in_half_range",
     "kernels_for",
     "linear",
-    "linear_silu_mul",
+    "linear_add",
+    "norm_linear",
+    "norm_linear_silu_mul",
     "philox_uniform",
     "plan_attention",
     "prepare_linear",
@@ -58,9 +60,10 @@ class Kernels(Protocol):
 
     def embed(self, ids: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor: ...
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
     def linear(self, x: Tensor, w: Linear, out: Tensor | None = None) -> Tensor: ...
-    def linear_silu_mul(self, x: Tensor, w: Linear) -> Tensor: ...
+    def linear_add(self, x: Tensor, w: Linear, residual: Tensor) -> Tensor: ...
+    def norm_linear(self, x: Tensor, gain: Tensor, eps: float, w: Linear) -> Tensor: ...
+    def norm_linear_silu_mul(self, x: Tensor, gain: Tensor, eps: float, w: Linear) -> Tensor: ...
     def rope_and_store(
         self,
         qkv: Tensor,

@@ -208,11 +208,8 @@ def small_kernels(bench: Bench, config: dict, tokens: int) -> Iterator[Measureme
     ids = [torch.randint(vocab, (tokens,), device=bench.device) for _ in range(copies_of(tokens * hidden * size))]
     calls = [lambda i=i: layers.embed(i, table, bench.dtype) for i in ids]
     yield bench.memory("embed", case, calls, 2 * tokens * hidden * size)
-    x, residual = inputs(hidden), inputs(hidden)
-    calls = [lambda x=x: layers.rms_norm(x, gain, 1e-5) for x in x]
+    calls = [lambda x=x: layers.rms_norm(x, gain, 1e-5) for x in inputs(hidden)]
     yield bench.memory("rms_norm", case, calls, 2 * tokens * hidden * size)
-    calls = [lambda x=x, r=r: layers.add_rms_norm(x, r, gain, 1e-5) for x, r in zip(x, residual, strict=True)]
-    yield bench.memory("add_rms_norm", case, calls, 4 * tokens * hidden * size)
     calls = [lambda x=x: layers.silu_mul(x) for x in inputs(2 * wide)]
     yield bench.memory("silu_mul", case, calls, 3 * tokens * wide * size)
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM

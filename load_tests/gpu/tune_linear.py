@@ -79,7 +79,7 @@ def compile_one(job: tuple[int, bool, Tiles]) -> None:
     """Fill Triton's cache, in a process of a pool."""
     tokens, gated, tiles = job
     x, (weight,) = random_case(Shape(2 * tiles.block_n, tiles.block_k * 16, gated), tokens, 1)
-    few_tokens(x, weight, None, tiles, gated=gated)
+    few_tokens(x, weight, tiles, gated=gated)
 
 
 def compile_all(shapes: list[Shape]) -> None:
@@ -105,8 +105,8 @@ def tune(shape: Shape, tokens: int, weights: list[Tensor]) -> dict[str, object]:
     peer = best[0]
     truth = cublas(weights[0])
     for tiles in candidates(shape, tokens):
-        us = call_us([lambda w=w, t=tiles: few_tokens(x, w, None, t, gated=shape.gated) for w in weights], 3)
-        if us < best[0] and error(few_tokens(x, weights[0], None, tiles, gated=shape.gated), truth) < 1e-2:
+        us = call_us([lambda w=w, t=tiles: few_tokens(x, w, t, gated=shape.gated) for w in weights], 3)
+        if us < best[0] and error(few_tokens(x, weights[0], tiles, gated=shape.gated), truth) < 1e-2:
             best = us, tiles
     size = weights[0].nbytes
     return {

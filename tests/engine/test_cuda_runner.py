@@ -22,6 +22,8 @@ from tokenllm.scheduler.scheduler import Scheduler
 from tokenllm_kernels import Linear, kernels_for, prepare_linear, rope_table
 
 ROWS, CONTEXT, SLOTS, CHUNK, VOCAB = 5, 64, 200, 16, 101
+if torch.cuda.is_available():
+    torch.cuda.set_stream(torch.cuda.Stream())  # graphs are never captured on the default one
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

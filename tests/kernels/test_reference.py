@@ -10,12 +10,15 @@ from torch import Tensor
 
 from tokenllm_kernels import (
     LogitsRule,
-    add_rms_norm,
     attention,
     linear,
+    linear_add,
+    norm_linear,
+    norm_linear_silu_mul,
     philox_uniform,
     plan_attention,
     prepare_linear,
+    rms_norm,
     rope_and_store,
     rope_table,
     sample,
@@ -92,12 +95,18 @@ def test_half_weights_refuse_what_float16_cannot_hold() -> None:
         prepare_linear(torch.full((4, 4), 70000.0), half_weights=True)
 
 
-def test_add_rms_norm() -> None:
-    x, residual, weight = torch.randn(5, 64), torch.randn(5, 64), torch.randn(64)
-    normed, total = add_rms_norm(x, residual, weight, 1e-5)
-    wide = x.double() + residual.double()
-    assert error_ratio(total, wide) < 1e-6
-    assert error_ratio(normed, wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight) < 1e-6
+def test_products_of_a_layer() -> None:
+    x, gain, residual = torch.randn(5, 64), torch.randn(64), torch.randn(5, 24)
+    w = torch.randn(24, 64)
+    wide = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+    assert error_ratio(rms_norm(x, gain, 1e-5), wide) < 1e-6
+    assert error_ratio(norm_linear(x, gain, 1e-5, prepare_linear(w)), wide @ w.double().T) < 1e-5
+    gate, up = (wide @ w.double().T).chunk(2, -1)
+    gated = norm_linear_silu_mul(x, gain, 1e-5, prepare_linear(w))
+    assert error_ratio(gated, gate / (1 + (-gate).exp()) * up) < 1e-5
+    truth = residual.double() + x.double() @ w.double().T
+    assert error_ratio(linear_add(x, prepare_linear(w), residual), truth) < 1e-5
+    assert error_ratio(residual, truth) < 1e-5
 
 
 def test_silu_mul() -> None:

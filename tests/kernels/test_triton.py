@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenllm_kernels import Linear, add_rms_norm, embed, linear, rms_norm, rope_and_store, rope_table, silu_mul
+from tokenllm_kernels import Linear, embed, linear, rms_norm, rope_and_store, rope_table, silu_mul
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
@@ -42,16 +42,11 @@ def normal(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0)
 
 
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 64), (5, 96), (3, 576), (7 * SIZE, 2048 if ON_GPU else 160)])
-def test_norms(tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
+def test_rms_norm(tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
     from tokenllm_kernels.gpu import layers
 
-    x, residual = (normal(tokens, hidden, dtype=dtype, device=device, seed=i) for i in range(2))
-    weight = normal(hidden, dtype=dtype, device=device)
+    x, weight = normal(tokens, hidden, dtype=dtype, device=device), normal(hidden, dtype=dtype, device=device)
     assert error(layers.rms_norm(x, weight, 1e-5), rms_norm(x.double(), weight.double(), 1e-5)) < BOUND[dtype]
-    truth, total = add_rms_norm(x.double(), residual.double(), weight.double(), 1e-5)
-    normed, ours = layers.add_rms_norm(x, residual.clone(), weight, 1e-5)
-    assert error(normed, truth) < BOUND[dtype]
-    assert error(ours, total) < BOUND[dtype]
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 8), (4, 1030), (9 * SIZE, 300)])
@@ -100,17 +95,25 @@ def test_rope_and_store(
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 5, 33])
 def test_few_tokens(tokens: int, splits: int, gated: bool, dtype: torch.dtype, device: torch.device) -> None:
-    from tokenllm_kernels.gpu.linear import Tiles, few_tokens
+    from tokenllm_kernels.gpu.linear import Norm, Tiles, few_tokens
 
     features, depth = (1000, 2048) if ON_GPU else (40, 160)
     x = normal(tokens, depth, dtype=dtype, device=device)
     weight = normal(features * (1 + gated), depth, dtype=dtype, device=device) / depth**0.5
     bias = None if gated else normal(features, dtype=dtype, device=device)
-    wide = linear(x.double(), Linear("plain", weight.double(), None if bias is None else bias.double(), features))
+    norm = Norm(normal(depth, dtype=dtype, device=device), 0.1) if splits == 1 else None
+    before = normal(tokens, features, dtype=dtype, device=device, seed=1)
+    wide = rms_norm(x.double(), norm.gain.double(), norm.eps) if norm else x.double()
+    wide = linear(wide, Linear("plain", weight.double(), None if bias is None else bias.double(), features))
     truth = silu_mul(wide) if gated else wide
+    tiles = Tiles(block_n=32, block_k=32, splits=splits, warps=4, stages=2)
     for _ in range(2):  # the second finds what the first left in the workspace
-        tiles = Tiles(block_n=32, block_k=32, splits=splits, warps=4, stages=2)
-        assert error(few_tokens(x, weight, bias, tiles, gated=gated), truth) < BOUND[dtype]
+        assert error(few_tokens(x, weight, tiles, bias=bias, norm=norm, gated=gated), truth) < BOUND[dtype]
+        out = torch.full_like(before, torch.nan)
+        few_tokens(x, weight, tiles, bias=bias, norm=norm, gated=gated, out=out)
+        assert error(out, truth) < BOUND[dtype]
+        added = few_tokens(x, weight, tiles, bias=bias, norm=norm, gated=gated, add_to=before.clone())
+        assert error(added, truth + before.double()) < BOUND[dtype]
 
 
 # ---- attention ----
@@ -180,6 +183,7 @@ def check_decode(
     plan.lengths[: len(lengths)] = torch.tensor(lengths, dtype=torch.int32)
     plan.rows[: len(lengths)] = torch.tensor(pool.rows, dtype=torch.int32)
     plan.partial.fill_(torch.nan)
+    plan.extremes.fill_(torch.nan)
     for _ in range(2):  # the second finds what the first left behind
         out = torch.full((padded, heads, head_dim), torch.nan, dtype=dtype, device=device)
         plan_decode(plan, padded, kv_heads)

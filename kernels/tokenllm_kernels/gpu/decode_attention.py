@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenllm_kernels.gpu.device import multiprocessors
-from tokenllm_kernels.gpu.launch import after_predecessors, dependent, let_successors_begin, prefetch_512
+from tokenllm_kernels.gpu.launch import after_predecessors, dependent, let_successors_begin
 
 LOG2_E = 1.4426950408889634
 
@@ -52,7 +52,8 @@ class DecodePlan:
     rows: Tensor  # [sequences] int32: their rows of the index
     before: Tensor  # [sequences + 1] int32: tiles of one head of all sequences before
     pieces: Tensor  # [programs, 4] int32: sequence, head, tile, number of tiles
-    partial: Tensor  # [programs · 2, group, head_dim + 2] float32: weighted values, maximum, sum
+    partial: Tensor  # [programs · 2, group, head_dim] float32: weighted values
+    extremes: Tensor  # [programs · 2, group, 2] float32: their maximum and sum of weights
     arrived: Tensor  # [sequences · kv_heads] int32, zero between launches
 
     @classmethod
@@ -63,9 +64,10 @@ class DecodePlan:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         group = triton.next_power_of_2(heads // kv_heads)
-        partial = torch.empty(tiling.programs * 2, group, head_dim + 2, dtype=torch.float32, device=device)
+        partial = torch.empty(tiling.programs * 2, group, head_dim, dtype=torch.float32, device=device)
+        extremes = torch.empty(tiling.programs * 2, group, 2, dtype=torch.float32, device=device)
         return cls(
-            tiling, ints(sequences), ints(sequences), ints(sequences + 1), ints(tiling.programs, 4), partial,
+            tiling, ints(sequences), ints(sequences), ints(sequences + 1), ints(tiling.programs, 4), partial, extremes,
             ints(sequences * kv_heads),
         )  # fmt: skip
 
@@ -93,7 +95,7 @@ def _plan_kernel(
         past = start - tl.sum(tl.where(sequence < found, tiles, 0), 0) * kv_heads
         if program < programs:
             count = tl.minimum(tl.maximum(total - start, 0), each)
-            tl.store(pieces + program * 4, found)
+            tl.store(pieces + program * 4, tl.minimum(found, sequences - 1))
             tl.store(pieces + program * 4 + 1, past // tl.maximum(mine, 1))
             tl.store(pieces + program * 4 + 2, past % tl.maximum(mine, 1))
             tl.store(pieces + program * 4 + 3, count)
@@ -111,7 +113,7 @@ def plan_decode(plan: DecodePlan, sequences: int, kv_heads: int) -> None:
 
 @triton.jit
 def _decode_kernel(
-    q, kv, out, lengths, rows, index, before, pieces, partial, arrived,
+    q, kv, out, lengths, rows, index, before, pieces, partial, extremes, arrived,
     q_stride, index_stride, kv_heads, scale, programs,
     GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -127,15 +129,10 @@ def _decode_kernel(
     d = tl.arange(0, HEAD_DIM)
     token = tl.arange(0, BLOCK_N)
     kv_stride = kv_heads * 2 * HEAD_DIM
-    let_successors_begin(PDL)
-    if left > 0:  # K and V of older tokens are there already
-        n = tl.minimum(tile * BLOCK_N + token, tl.load(lengths + sequence) - 1)
-        slot = tl.load(index + tl.load(rows + sequence).to(tl.int64) * index_stride + n).to(tl.int64)
-        prefetch_512(kv + slot * kv_stride + head * 2 * HEAD_DIM, PDL)
+    length, row = tl.load(lengths + sequence), tl.load(rows + sequence)
     after_predecessors(PDL)
     while left > 0:
-        length = tl.load(lengths + sequence)
-        slots = index + tl.load(rows + sequence).to(tl.int64) * index_stride
+        slots = index + row.to(tl.int64) * index_stride
         tiles = tl.cdiv(length, BLOCK_N)
         count = tl.minimum(left, tiles - tile)
         mine = (head * GROUP + member)[:, None] * HEAD_DIM + d[None, :]
@@ -166,7 +163,7 @@ def _decode_kernel(
             start = tl.load(before + sequence) * kv_heads + head * tiles
             first, last = start // each, (start + tiles - 1) // each
             _leave_partial(
-                partial, program * 2 + (program == first).to(tl.int32), highest, weight, values, member, d,
+                partial, extremes, program * 2 + (program == first).to(tl.int32), highest, weight, values, member, d,
                 GROUP, HEAD_DIM,
             )  # fmt: skip
             tl.debug_barrier()  # all threads' partials are written before one of them says so
@@ -174,27 +171,28 @@ def _decode_kernel(
             if before_me == last - first:
                 tl.debug_barrier()
                 _merge_partials(
-                    partial, out + (sequence.to(tl.int64) * kv_heads + head) * GROUP * HEAD_DIM, first, last,
-                    GROUP, HEAD_DIM,
+                    partial, extremes, out + (sequence.to(tl.int64) * kv_heads + head) * GROUP * HEAD_DIM,
+                    first, last, GROUP, HEAD_DIM,
                 )  # fmt: skip
                 tl.store(arrived + sequence * kv_heads + head, 0)
         left -= count
         tile = 0
         head += 1
-        if head == kv_heads:
+        if (head == kv_heads) & (left > 0):
             head = 0
             sequence += 1
+            length, row = tl.load(lengths + sequence), tl.load(rows + sequence)
+    let_successors_begin(PDL)
 
 
 @triton.jit
 def _leave_partial(
-    partial, place, highest, weight, values, member, d, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
+    partial, extremes, place, highest, weight, values, member, d, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
-    WIDTH: tl.constexpr = HEAD_DIM + 2
-    here = partial + place * (_power_of_2(GROUP) * WIDTH) + member * WIDTH
-    tl.store(here[:, None] + d[None, :], values, mask=member[:, None] < GROUP)
-    tl.store(here + HEAD_DIM, highest, mask=member < GROUP)
-    tl.store(here + HEAD_DIM + 1, weight, mask=member < GROUP)
+    here = place * _power_of_2(GROUP) + member
+    tl.store(partial + here[:, None] * HEAD_DIM + d[None, :], values, mask=member[:, None] < GROUP)
+    tl.store(extremes + here * 2, highest, mask=member < GROUP)
+    tl.store(extremes + here * 2 + 1, weight, mask=member < GROUP)
 
 
 @triton.constexpr_function
@@ -203,9 +201,8 @@ def _power_of_2(n):
 
 
 @triton.jit
-def _merge_partials(partial, out, first, last, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _merge_partials(partial, extremes, out, first, last, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Programs first … last did one head: `first` at the end of its piece, the others at the beginning of theirs."""
-    WIDTH: tl.constexpr = HEAD_DIM + 2
     MEMBERS: tl.constexpr = _power_of_2(GROUP)
     AT_ONCE: tl.constexpr = max(1, 16 // MEMBERS)
     member = tl.arange(0, MEMBERS)
@@ -216,11 +213,12 @@ def _merge_partials(partial, out, first, last, GROUP: tl.constexpr, HEAD_DIM: tl
     for start in tl.range(first, last + 1, AT_ONCE):
         program = start + tl.arange(0, AT_ONCE)
         place = program * 2 + (program == first).to(tl.int32)
-        here = partial + (place[:, None] * MEMBERS + member[None, :]) * WIDTH  # [AT_ONCE, MEMBERS]
+        here = place[:, None] * MEMBERS + member[None, :]  # [AT_ONCE, MEMBERS]
         there = (program <= last)[:, None] & (member < GROUP)[None, :]
-        their_highest = tl.load(here + HEAD_DIM, mask=there, other=float("-inf"), cache_modifier=".cg")
-        their_weight = tl.load(here + HEAD_DIM + 1, mask=there, other=0.0, cache_modifier=".cg")
-        theirs = tl.load(here[:, :, None] + d[None, None, :], mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+        their_highest = tl.load(extremes + here * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+        their_weight = tl.load(extremes + here * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        values_there = partial + here[:, :, None] * HEAD_DIM + d[None, None, :]
+        theirs = tl.load(values_there, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
         higher = tl.maximum(highest, tl.max(their_highest, 0))
         safe = tl.where(member < GROUP, higher, 0.0)
         kept, gain = tl.exp2(highest - safe), tl.exp2(their_highest - safe[None, :])
@@ -241,9 +239,9 @@ def decode_attention(q: Tensor, kv: Tensor, index: Tensor, plan: DecodePlan, out
     """
     heads, head_dim, kv_heads = q.shape[1], q.shape[2], kv.shape[1]
     tiling, group = plan.tiling, heads // kv_heads
-    pdl = dependent(q.device) and 2 * head_dim * q.itemsize >= 512
+    pdl = dependent(q.device)
     _decode_kernel[(tiling.programs,)](
-        q, kv, out, plan.lengths, plan.rows, index, plan.before, plan.pieces, plan.partial, plan.arrived,
+        q, kv, out, plan.lengths, plan.rows, index, plan.before, plan.pieces, plan.partial, plan.extremes, plan.arrived,
         q.stride(0), index.stride(0), kv_heads, head_dim**-0.5 * LOG2_E, tiling.programs,
         GROUP=group, GROUP_TILE=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim, BLOCK_N=tiling.block_n,
         STAGES=tiling.stages, PRECISION="ieee" if q.dtype == torch.float32 else None,

@@ -31,9 +31,7 @@ def embed(ids: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def _add_rms_norm_kernel(
-    x, residual, weight, out, hidden, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def _rms_norm_kernel(x, weight, out, hidden, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * hidden
     column = tl.arange(0, BLOCK)
     inside = column < hidden
@@ -41,12 +39,6 @@ def _add_rms_norm_kernel(
     gain = tl.load(weight + column, mask=inside, other=0.0)
     after_predecessors(PDL)
     value = tl.load(x + row + column, mask=inside, other=0.0)
-    if ADD:
-        # rounded as the residual is stored, and normalised as rounded
-        value = (value.to(tl.float32) + tl.load(residual + row + column, mask=inside, other=0.0).to(tl.float32)).to(
-            value.dtype
-        )
-        tl.store(residual + row + column, value, mask=inside)
     wide = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / hidden + eps)
     tl.store(out + row + column, (wide * scale).to(value.dtype) * gain, mask=inside)
@@ -54,26 +46,11 @@ def _add_rms_norm_kernel(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension of x [tokens, hidden]."""
-    out = torch.empty_like(x)
-    _norm(x, x, weight, out, eps, add=False)
-    return out
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual); the sum is written over `residual`."""
-    out = torch.empty_like(x)
-    _norm(x, residual, weight, out, eps, add=True)
-    return out, residual
-
-
-def _norm(x: Tensor, residual: Tensor, weight: Tensor, out: Tensor, eps: float, *, add: bool) -> None:
     tokens, hidden = x.shape
-    block = triton.next_power_of_2(hidden)
+    out, block, pdl = torch.empty_like(x), triton.next_power_of_2(hidden), dependent(x.device)
     warps = min(16, max(1, block // 512))
-    pdl = dependent(x.device)
-    _add_rms_norm_kernel[(tokens,)](
-        x, residual, weight, out, hidden, eps, ADD=add, BLOCK=block, PDL=pdl, num_warps=warps, launch_pdl=pdl
-    )
+    _rms_norm_kernel[(tokens,)](x, weight, out, hidden, eps, BLOCK=block, PDL=pdl, num_warps=warps, launch_pdl=pdl)
+    return out
 
 
 @triton.jit

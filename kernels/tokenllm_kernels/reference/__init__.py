@@ -6,20 +6,29 @@ Shapes: `tokens` is the ragged batch laid end to end; `slots` count tokens of KV
 """
 
 from tokenllm_kernels.reference.attention import Attention, attention, plan_attention
-from tokenllm_kernels.reference.layers import add_rms_norm, embed, rms_norm, rope_and_store, rope_table, silu_mul
-from tokenllm_kernels.reference.linear import Linear, in_half_range, linear, linear_silu_mul, prepare_linear
+from tokenllm_kernels.reference.layers import embed, rms_norm, rope_and_store, rope_table, silu_mul
+from tokenllm_kernels.reference.linear import (
+    Linear,
+    in_half_range,
+    linear,
+    linear_add,
+    norm_linear,
+    norm_linear_silu_mul,
+    prepare_linear,
+)
 from tokenllm_kernels.reference.sampling import LogitsRule, philox_uniform, sample, top_logprobs
 
 __all__ = [
     "Attention",
     "Linear",
     "LogitsRule",
-    "add_rms_norm",
     "attention",
     "embed",
     "in_half_range",
     "linear",
-    "linear_silu_mul",
+    "linear_add",
+    "norm_linear",
+    "norm_linear_silu_mul",
     "philox_uniform",
     "plan_attention",
     "prepare_linear",

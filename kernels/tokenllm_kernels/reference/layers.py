@@ -18,12 +18,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual); the sum is the next residual."""
-    total = x + residual
-    return rms_norm(total, weight, eps), total
-
-
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) · up of [tokens, 2 · width] → [tokens, width] (SwiGLU: Shazeer, 2020)."""
     gate, up = gate_up.chunk(2, dim=-1)

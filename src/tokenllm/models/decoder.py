@@ -69,15 +69,13 @@ class Decoder:
         ops = self.kernels
         rope = self.rope.index_select(0, positions)
         residual = ops.embed(ids, self.embedding, self.dtype)
-        x = ops.rms_norm(residual, self.layers[0].input_norm, self.eps)
-        following = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
-        for layer, memory, next_norm in zip(self.layers, kv, following, strict=True):
-            q = ops.rope_and_store(ops.linear(x, layer.qkv), rope, memory, slots, self.heads, layer.qk_norm)
-            attended = ops.linear(attend(q, memory), layer.o)
-            x, residual = ops.add_rms_norm(attended, residual, layer.post_norm, self.eps)
-            fed = ops.linear(ops.linear_silu_mul(x, layer.gate_up), layer.down)
-            x, residual = ops.add_rms_norm(fed, residual, next_norm, self.eps)
-        return x
+        for layer, memory in zip(self.layers, kv, strict=True):
+            qkv = ops.norm_linear(residual, layer.input_norm, self.eps, layer.qkv)
+            q = ops.rope_and_store(qkv, rope, memory, slots, self.heads, layer.qk_norm)
+            residual = ops.linear_add(attend(q, memory), layer.o, residual)
+            fed = ops.norm_linear_silu_mul(residual, layer.post_norm, self.eps, layer.gate_up)
+            residual = ops.linear_add(fed, layer.down, residual)
+        return ops.rms_norm(residual, self.norm, self.eps)
 
     def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """[rows, hidden] → [rows, vocab], into `out` where one is given."""
