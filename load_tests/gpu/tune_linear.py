@@ -53,15 +53,13 @@ def shapes_of(config: dict) -> list[Shape]:
 def candidates(shape: Shape, tokens: int) -> Iterator[Tiles]:
     """Tiles that fit in shared memory and give the card something to do."""
     parts = 2 if shape.gated else 1
-    for block_n, block_k in [(16, 256), (32, 128), (32, 256), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128)]:
+    for block_n, block_k in [(32, 128), (32, 256), (64, 64), (64, 128), (64, 256), (128, 64), (128, 128)]:
         if shape.depth % block_k:
             continue
         stage = (block_n * parts + tokens) * block_k * 2
         blocks = triton.cdiv(shape.features // parts, block_n)
-        for stages in sorted({min(6, max(2, 100_000 // stage)), min(6, SHARED_MEMORY // stage)}):
-            if stages < 2 or stages * stage > SHARED_MEMORY:
-                continue
-            for splits in (1, 2, 3, 4, 8):
+        for stages in sorted({min(3, SHARED_MEMORY // stage), min(6, SHARED_MEMORY // stage)} - {0, 1}):
+            for splits in (1, 2, 4):
                 fits = blocks * splits * block_n * tokens * parts <= SPLIT_WORKSPACE or splits == 1
                 if fits and (splits == 1 or 100 < blocks * splits <= 600) and shape.depth // splits >= block_k:
                     yield Tiles(block_n, block_k, splits, 8 if block_n == 128 else 4, stages)

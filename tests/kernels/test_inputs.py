@@ -18,6 +18,7 @@ def test_inputs_and_contexts(step: tuple[int, list[tuple[int, int]]], padding: i
     from tokenllm_kernels.gpu.decode_attention import DecodePlan, DecodeTiling
     from tokenllm_kernels.gpu.inputs import (
         COUNTS,
+        SampleInputs,
         StepInputs,
         StepLayout,
         build_inputs,
@@ -56,16 +57,28 @@ def test_inputs_and_contexts(step: tuple[int, list[tuple[int, int]]], padding: i
         words[layout.prompt : layout.prompt + 4 * tokens] = torch.tensor(prompt, dtype=torch.int32).T.flatten()
     context = sum(end for _, end in contexts)
     words[0], words[1], words[2] = decodes, tokens, context
+    last_chunks = [(int(rows[decodes + i]), decodes + sum(c for _, c in chunks[: i + 1]) - 1, sum(chunk))
+                   for i, chunk in enumerate(chunks) if i % 2 == 0]  # fmt: skip
+    words[3] = len(last_chunks)
+    for i, ending in enumerate(last_chunks):
+        for field, value in enumerate(ending):
+            words[layout.last_chunks + field * CHUNKS + i] = value
 
     words, index, last_token = words.to(device), index.to(device), last_token.to(device)
     inputs = StepInputs.empty(decodes + tokens + padding, device)
     plan = DecodePlan.empty(ROWS, 2, 1, 16, DecodeTiling(16, 4, 2, 4), device)
     plan.lengths.fill_(-5)
-    build_inputs(words, layout, last_token, index, SPARE, inputs, plan, decodes + 2)
+    samples = SampleInputs.empty(ROWS, device)
+    build_inputs(words, layout, last_token, index, SPARE, inputs, samples, plan, decodes + 2)
     assert list(zip(inputs.ids.tolist(), inputs.positions.tolist(), inputs.slots.tolist(), strict=True)) == expected
     assert index.cpu().equal(expected_index)
     assert plan.lengths.tolist() == [e[1] + 1 for e in expected[:decodes]] + [0] * 2 + [-5] * (ROWS - decodes - 2)
     assert plan.rows[:decodes].tolist() == rows[:decodes].tolist()
+
+    sampling = [(int(rows[i]), i, expected[i][1] + 1) for i in range(decodes)] + last_chunks
+    sampling += [(-1, 0, 0)] * (ROWS - len(sampling))
+    found = zip(samples.rows.tolist(), samples.places.tolist(), samples.positions.tolist(), strict=True)
+    assert list(found) == sampling
 
     context_slots = torch.full((context + 3,), -1, dtype=torch.int32, device=device)
     find_context_slots(words, layout, index, context_slots)
@@ -83,4 +96,4 @@ def test_a_layout_has_room_for_everything() -> None:
     from tokenllm_kernels.gpu.inputs import COUNTS, StepLayout
 
     layout = StepLayout(5, 4, 7)
-    assert COUNTS <= layout.samples <= layout.chunk_columns <= layout.prompt <= layout.words - 4 * 7
+    assert COUNTS + 15 <= layout.chunk_columns <= layout.last_chunks - 25 <= layout.prompt - 37 == layout.words - 65

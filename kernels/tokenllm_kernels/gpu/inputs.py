@@ -4,8 +4,8 @@ The host knows rows, positions and slots; the device knows which token each row 
 two together, enters the new slots in the index table, and pads to the size of the graph. `StepLayout` says where in the
 words each column stands:
 
-    counts │ decodes: rows, positions, slots │ samples: rows, places, positions │ chunks … │ prompt: ids, rows, …
-    ├───────── of fixed size, for the largest batch and most chunks ───────────────────────┤├── as long as needed
+    counts │ decodes: rows, positions, slots │ chunks: rows, … │ last chunks: rows, places, positions │ prompt: ids, …
+    ├────── all that a step without prompts needs ───┤                                  as long as needed ──┤
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tokenllm_kernels.gpu.decode_attention import DecodePlan
 
-COUNTS = 8  # words: decodes, prompt tokens, tokens of all contexts in the workspace
+COUNTS = 8  # words: decodes, prompt tokens, tokens of all contexts in the workspace, prompts that end here
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,19 @@ class StepLayout:
     prompt_tokens: int
 
     @property
-    def samples(self) -> int:
+    def chunk_columns(self) -> int:
+        """rows, first tokens in the batch, counts, ends, first tokens in the workspace; then chunks + 1 tile starts."""
         return COUNTS + 3 * self.rows
 
     @property
-    def chunk_columns(self) -> int:
-        """rows, first tokens in the batch, counts, ends, first tokens in the workspace; then chunks + 1 tile starts."""
-        return COUNTS + 6 * self.rows
+    def last_chunks(self) -> int:
+        """Of chunks that end a prompt: their rows, places of their last tokens in the batch, positions after them."""
+        return self.chunk_columns + 6 * self.chunks + 8
 
     @property
     def prompt(self) -> int:
         """ids, rows, positions, slots of the prompt tokens, each as long as there are such tokens in this step."""
-        return self.chunk_columns + 6 * self.chunks + 8
+        return self.last_chunks + 3 * self.chunks
 
     @property
     def words(self) -> int:
@@ -63,10 +64,23 @@ class StepInputs:
         return StepInputs(self.ids[:tokens], self.positions[:tokens], self.slots[:tokens])
 
 
+@dataclass(frozen=True)
+class SampleInputs:
+    """Who samples, [rows] each, int32: the decodes, then the prompts that end here, then padding."""
+
+    rows: Tensor  # of the batch, -1 is padding
+    places: Tensor  # of the tokens whose successors are sampled, among the tokens of the step
+    positions: Tensor  # of the tokens that are sampled
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> "SampleInputs":
+        return cls(*(torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(3)))
+
+
 @triton.jit
 def _inputs_kernel(
-    words, last_token, index, ids, positions, slots, lengths, sequence_rows,
-    tokens, sequences, rows, prompt, spare_slot, index_stride,
+    words, last_token, index, ids, positions, slots, lengths, sequence_rows, sample_rows, sample_places,
+    sample_positions, tokens, sequences, rows, chunks, last_chunks, prompt, spare_slot, index_stride,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -78,6 +92,12 @@ def _inputs_kernel(
     token = tl.load(last_token + row, mask=decode, other=0)
     tl.store(lengths + i, tl.where(decode, position + 1, 0), mask=i < sequences)
     tl.store(sequence_rows + i, row, mask=i < sequences)
+    ends = (i >= decodes) & (i < decodes + tl.load(words + 3))
+    last = words + last_chunks + i - decodes
+    tl.store(sample_rows + i, tl.where(decode, row, tl.load(last, mask=ends, other=-1)), mask=i < rows)
+    tl.store(sample_places + i, tl.where(decode, i, tl.load(last + chunks, mask=ends, other=0)), mask=i < rows)
+    following = tl.where(decode, position + 1, tl.load(last + 2 * chunks, mask=ends, other=0))
+    tl.store(sample_positions + i, following, mask=i < rows)
     there = (i >= decodes) & (i < decodes + prompt_tokens)
     source = words + prompt + i - decodes
     token = tl.where(there, tl.load(source, mask=there, other=0), token)
@@ -93,16 +113,18 @@ def _inputs_kernel(
 
 def build_inputs(
     words: Tensor, layout: StepLayout, last_token: Tensor, index: Tensor, spare_slot: int, inputs: StepInputs,
-    decode: DecodePlan, sequences: int,
+    samples: SampleInputs, decode: DecodePlan, sequences: int,
 ) -> None:  # fmt: skip
-    """Fill `inputs`, padded with token 0 at the spare slot, and lengths and rows of the first `sequences` of `decode`.
+    """Fill `inputs`, padded with token 0 at the spare slot, `samples`, and lengths and rows of the first `sequences`
+    of `decode`.
 
     words [layout.words] int32; last_token [rows] int32; index [rows, positions] int32, which learns the new slots.
     """
     tokens, block = len(inputs.ids), 256
-    _inputs_kernel[(triton.cdiv(max(tokens, sequences), block),)](
+    _inputs_kernel[(triton.cdiv(max(tokens, layout.rows), block),)](
         words, last_token, index, inputs.ids, inputs.positions, inputs.slots, decode.lengths, decode.rows,
-        tokens, sequences, layout.rows, layout.prompt, spare_slot, index.stride(0), BLOCK=block,
+        samples.rows, samples.places, samples.positions, tokens, sequences, layout.rows, layout.chunks,
+        layout.last_chunks, layout.prompt, spare_slot, index.stride(0), BLOCK=block,
     )  # fmt: skip
 
 

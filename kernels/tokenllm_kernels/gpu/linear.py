@@ -27,7 +27,6 @@ from tokenllm_kernels.gpu.layers import rms_norm, silu_mul
 from tokenllm_kernels.reference import Linear
 
 MOST_TOKENS = 128  # beyond, the product is no longer bound by the weight alone, and cuBLAS is at home
-MOST_NORMED = 16  # tokens that every program of a product normalises anew rather than wait for a kernel that does
 SPLIT_WORKSPACE = 1 << 23  # float32 numbers
 
 
@@ -60,13 +59,13 @@ class SplitWorkspace:
 
 @triton.jit
 def _few_tokens_kernel(
-    x, gain, weight, bias, out, sums, arrived, tokens, features, depth, share, splits, eps,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, NORM: tl.constexpr,
+    x, weight, bias, out, sums, arrived, tokens, features, depth, share, splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [tokens, features] = x [tokens, depth] · weight [features, depth]ᵀ; NORM: of rms_norm(x, gain, eps); GATED:
-    weight [2 · features, depth], out = silu(gate) · up; ADD: added to what `out` holds.
+    """out [tokens, features] = x [tokens, depth] · weight [features, depth]ᵀ; GATED: weight
+    [2 · features, depth], out = silu(gate) · up; ADD: added to what `out` holds.
     """
     block, split = tl.program_id(0), tl.program_id(1)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -75,23 +74,15 @@ def _few_tokens_kernel(
     column = tl.minimum(m, tokens - 1) * depth
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    squares = tl.zeros([BLOCK_M], tl.float32)
     after_predecessors(PDL)
     for start in tl.range(split * share, tl.minimum((split + 1) * share, depth), BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         inputs = tl.load(x + column[None, :] + k[:, None])
-        if NORM:  # the sum of squares is known at the end, when it scales all that was summed
-            wide = inputs.to(tl.float32)
-            squares += tl.sum(wide * wide, 0)
-            inputs = (wide * tl.load(gain + k).to(tl.float32)[:, None]).to(inputs.dtype)
         acc = tl.dot(tl.load(weight + row[:, None] + k[None, :]), inputs, acc, input_precision=PRECISION)
         if GATED:
             second = tl.load(weight + features.to(tl.int64) * depth + row[:, None] + k[None, :])
             up = tl.dot(second, inputs, up, input_precision=PRECISION)
     let_successors_begin(PDL)
-    if NORM:
-        scale = tl.rsqrt(squares / depth + eps)[None, :]
-        acc, up = acc * scale, up * scale
     if SPLIT:
         acc, up, last = _add_up(sums, arrived, acc, up, block, split, splits, GATED, BLOCK_N, BLOCK_M)
     else:
@@ -137,30 +128,20 @@ def _add_up(
     return acc, up, last
 
 
-@dataclass(frozen=True)
-class Norm:
-    """The RMSNorm of a product's input."""
-
-    gain: Tensor  # [in]
-    eps: float
-
-
 def few_tokens(
     x: Tensor,
     weight: Tensor,
     tiles: Tiles,
     *,
     bias: Tensor | None = None,
-    norm: Norm | None = None,
     gated: bool = False,
     out: Tensor | None = None,
     add_to: Tensor | None = None,
 ) -> Tensor:
     """x [tokens, in] · weight [out, in]ᵀ (+ bias) → [tokens, out], for at most `MOST_TOKENS` tokens.
 
-    `norm`: of the normalised x, with `tiles.splits` 1. `gated`: the weight is gate over up, and the result
-    silu(gate) · up [tokens, out / 2]. `out`: where it goes; `add_to`: what it is added to, in place. `in` is a multiple
-    of `tiles.block_k`.
+    `gated`: the weight is gate over up, and the result silu(gate) · up [tokens, out / 2]. `out`: where it goes;
+    `add_to`: what it is added to, in place. `in` is a multiple of `tiles.block_k`.
     """
     (tokens, depth), rows = x.shape, weight.shape[0]
     features = rows // 2 if gated else rows
@@ -169,14 +150,12 @@ def few_tokens(
     share = triton.cdiv(depth, tiles.splits * tiles.block_k) * tiles.block_k
     blocks, block_m = triton.cdiv(features, tiles.block_n), max(16, triton.next_power_of_2(tokens))
     shared = blocks * tiles.splits * tiles.block_n * block_m * (1 + gated)
-    assert tiles.splits == 1 or (norm is None and shared <= SPLIT_WORKSPACE), (
-        "splits share sums, and have room for them"
-    )
+    assert tiles.splits == 1 or shared <= SPLIT_WORKSPACE, "the sums of all splits have room"
     workspace, pdl = SplitWorkspace.of(x.device), dependent(x.device)
     _few_tokens_kernel[(blocks, tiles.splits)](
-        x, norm.gain if norm else x, weight, x if bias is None else bias, result, workspace.sums, workspace.arrived,
-        tokens, features, depth, share, tiles.splits, norm.eps if norm else 0.0,
-        BLOCK_M=block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, SPLIT=tiles.splits > 1, NORM=norm is not None,
+        x, weight, x if bias is None else bias, result, workspace.sums, workspace.arrived,
+        tokens, features, depth, share, tiles.splits,
+        BLOCK_M=block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, SPLIT=tiles.splits > 1,
         GATED=gated, BIAS=bias is not None, ADD=add_to is not None, STAGES=tiles.stages,
         PRECISION="ieee" if x.dtype == torch.float32 else None, PDL=pdl,
         num_warps=tiles.warps, launch_pdl=pdl,
@@ -211,17 +190,11 @@ def linear(x: Tensor, w: Linear, out: Tensor | None = None) -> Tensor:
 
 def norm_linear(x: Tensor, gain: Tensor, eps: float, w: Linear) -> Tensor:
     """linear(rms_norm(x))."""
-    tiles = _tiles(x, w, gated=False)
-    if tiles and x.shape[0] <= MOST_NORMED and tiles.splits == 1:
-        return few_tokens(x, w.weight, tiles, bias=w.bias, norm=Norm(gain, eps))
     return linear(rms_norm(x, gain, eps), w)
 
 
 def norm_linear_silu_mul(x: Tensor, gain: Tensor, eps: float, w: Linear) -> Tensor:
     """silu(gate) · up of (gate ‖ up) = linear(rms_norm(x)): [tokens, in] → [tokens, out / 2]."""
-    tiles = _tiles(x, w, gated=True)
-    if tiles and x.shape[0] <= MOST_NORMED and tiles.splits == 1:
-        return few_tokens(x, w.weight, tiles, gated=True, norm=Norm(gain, eps))
     return linear_silu_mul(rms_norm(x, gain, eps), w)
 
 

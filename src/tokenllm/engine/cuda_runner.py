@@ -27,18 +27,34 @@ from tokenllm_kernels.gpu.sampling import set_rules
 Words = NDArray[np.int32]
 
 
-@dataclass(frozen=True)
 class Staging:
-    """Pinned memory of one step in flight."""
+    """Pinned memory of one step in flight, whose words go to `target`. What a step slices is sliced once, here."""
 
-    words: Tensor
-    tokens: Tensor
-    done: torch.Event
+    def __init__(self, layout: StepLayout, target: Tensor) -> None:
+        device, self._layout, self._target = target.device, layout, target
+        self._words, self._tokens = (
+            _pinned(torch.zeros(n, dtype=torch.int32), device) for n in (layout.words, layout.rows)
+        )
+        self.words, self.tokens = self._words.numpy(), self._tokens.numpy()
+        self._decodes, self._target_decodes = (w[: layout.chunk_columns] for w in (self._words, target))
+        self.done = torch.get_device_module(device).Event()
 
-    @classmethod
-    def of(cls, layout: StepLayout, device: torch.device) -> "Staging":
-        words, tokens = (_pinned(torch.zeros(n, dtype=torch.int32), device) for n in (layout.words, layout.rows))
-        return cls(words, tokens, torch.get_device_module(device).Event())
+    def send(self, shape: StepShape) -> None:
+        """Copy what was written to the device."""
+        if not shape.chunks:
+            self._target_decodes.copy_(self._decodes, non_blocking=True)
+        else:
+            used = self._layout.prompt + 4 * (shape.tokens - int(self.words[0]))
+            self._target[:used].copy_(self._words[:used], non_blocking=True)
+
+    def fetch(self, tokens: Tensor) -> None:
+        """Copy the device's tokens here, all of them: it is a few kilobytes, and needs no slice."""
+        self._tokens.copy_(tokens, non_blocking=True)
+
+    def wait(self) -> None:
+        """Ask again and again: a thread that sleeps, or spins in the driver, comes back with its caches cold."""
+        while not self.done.query():
+            pass
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
@@ -69,7 +85,7 @@ class CudaRunner:
 
     def __init__(self, step: DeviceStep, kv: Sequence[Tensor], track: Track[int]) -> None:
         self._step, self._layout = step, step.layout
-        self._stagings = [Staging.of(step.layout, step.words.device) for _ in range(self.ahead + 2)]
+        self._stagings = [Staging(step.layout, step.words) for _ in range(self.ahead + 2)]
         self._logprobs: dict[int, int] = {}  # row → alternatives, of rows that asked
         with torch.inference_mode():
             self._graphs = Graphs(step, kv, track)
@@ -82,49 +98,45 @@ class CudaRunner:
     def launch(self, plan: Plan) -> CudaFlight:
         staging = self._stagings.pop(0)
         self._stagings.append(staging)
-        shape, used = self._write(staging.words.numpy(), plan)
-        self._step.words[:used].copy_(staging.words[:used], non_blocking=True)
+        shape = self._write(staging.words, plan)
+        staging.send(shape)
         self._graphs.body(shape)
         if shape.samples:
             self._take_rules([chunk for chunk in plan.chunks if chunk.samples])
             self._graphs.head(shape.samples)
-            staging.tokens[: shape.samples].copy_(self._step.tokens[: shape.samples], non_blocking=True)
+            staging.fetch(self._step.tokens)
         logprobs = self._ask_logprobs(plan)
         staging.done.record()
         return CudaFlight(staging, shape.samples, logprobs)
 
-    def _write(self, words: Words, plan: Plan) -> tuple[StepShape, int]:
-        """The step as `StepLayout` says; returns its shape and how many words there are."""
-        layout, decodes, n = self._layout, plan.decodes, len(plan.decodes.rows)
-        columns = words[COUNTS : COUNTS + 3 * layout.rows].reshape(3, -1)
-        columns[0, :n], columns[1, :n], columns[2, :n] = decodes.rows, decodes.positions, decodes.slots
+    def _write(self, words: Words, plan: Plan) -> StepShape:
+        """The step as `StepLayout` says."""
+        decodes, n, rows = plan.decodes, len(plan.decodes.rows), self._layout.rows
+        words[COUNTS : COUNTS + n] = decodes.rows
+        words[COUNTS + rows : COUNTS + rows + n] = decodes.positions
+        words[COUNTS + 2 * rows : COUNTS + 2 * rows + n] = decodes.slots
+        words[0] = n
+        words[1:4] = 0
+        if not plan.chunks:
+            return StepShape(n, n, 0, 0)
         contexts = self._write_chunks(words, plan.chunks, n)
-        samples = self._write_samples(words, plan)
-        prompt = plan.tokens - n
-        words[:3] = n, prompt, contexts
-        used = layout.prompt + 4 * prompt if plan.chunks else layout.chunk_columns
-        return StepShape(plan.tokens, samples, len(plan.chunks), contexts), used
+        samples = n + self._write_last_chunks(words, plan.chunks, n)
+        words[1:4] = plan.tokens - n, contexts, samples - n
+        return StepShape(plan.tokens, samples, len(plan.chunks), contexts)
 
-    def _write_samples(self, words: Words, plan: Plan) -> int:
-        layout, n = self._layout, len(plan.decodes.rows)
-        rows, places, positions = words[layout.samples : layout.chunk_columns].reshape(3, -1)
-        rows[:n], places[:n], positions[:n] = plan.decodes.rows, np.arange(n), plan.decodes.positions
-        positions[:n] += 1
-        samples, place = n, n
-        for chunk in plan.chunks:
+    def _write_last_chunks(self, words: Words, chunks: Sequence[Chunk], place: int) -> int:
+        """Returns how many prompts end in this step."""
+        layout, ending = self._layout, []
+        for chunk in chunks:
             place += chunk.tokens
             if chunk.samples:
-                rows[samples], places[samples], positions[samples] = chunk.row, place - 1, chunk.end
-                samples += 1
-        padded = self._graphs.padded(samples) if samples else 0
-        rows[samples:padded] = -1
-        places[samples:] = 0
-        return samples
+                ending.append((chunk.row, place - 1, chunk.end))
+        columns = words[layout.last_chunks : layout.prompt].reshape(3, -1)
+        columns[:, : len(ending)] = np.array(ending, np.int32).reshape(-1, 3).T
+        return len(ending)
 
     def _write_chunks(self, words: Words, chunks: Sequence[Chunk], place: int) -> int:
         """Returns the tokens of all contexts together."""
-        if not chunks:
-            return 0
         layout, most = self._layout, self._layout.chunks
         columns = words[layout.chunk_columns : layout.chunk_columns + 5 * most].reshape(5, -1)
         counts, ends = (np.array(c, np.int32) for c in ([c.tokens for c in chunks], [c.end for c in chunks]))
@@ -169,8 +181,8 @@ class CudaRunner:
         return AskedLogprobs(wanted, (chosen, top, ids))
 
     def collect(self, flight: CudaFlight) -> Sampled:
-        flight.staging.done.synchronize()
-        tokens = flight.staging.tokens.numpy()[: flight.rows].copy()
+        flight.staging.wait()
+        tokens = flight.staging.tokens[: flight.rows].copy()
         return Sampled(tokens, _logprobs(flight.logprobs) if flight.logprobs else {})
 
 

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from tokenllm.models.decoder import Decoder
 from tokenllm_kernels.gpu.decode_attention import DecodePlan, DecodeTiling, decode_attention, plan_decode
-from tokenllm_kernels.gpu.inputs import StepInputs, StepLayout, build_inputs, find_context_slots, gather_contexts
+from tokenllm_kernels.gpu.inputs import (
+    SampleInputs,
+    StepInputs,
+    StepLayout,
+    build_inputs,
+    find_context_slots,
+    gather_contexts,
+)
 from tokenllm_kernels.gpu.prefill_attention import ChunkTable, prefill_attention
 from tokenllm_kernels.gpu.prefill_hopper import (
     HopperTiling,
@@ -61,6 +68,7 @@ class DeviceStep:
         self.logits = torch.empty(limits.rows, decoder.vocab_size, dtype=decoder.dtype, device=device)
         self._hidden = torch.empty(limits.rows, decoder.embedding.shape[1], dtype=decoder.dtype, device=device)
         self._workspace = SamplingWorkspace.empty(limits.rows, decoder.vocab_size, device)
+        self._samples = SampleInputs.empty(limits.rows, device)
         self._inputs = StepInputs.empty(limits.tokens, device)
         tiling = DecodeTiling.of(decoder.dtype, decoder.head_dim, device)
         self._decodes = DecodePlan.empty(limits.rows, decoder.heads, decoder.kv_heads, decoder.head_dim, tiling, device)
@@ -85,8 +93,9 @@ class DeviceStep:
         sequences = min(tokens, self.limits.rows)
         spare = len(kv[0]) - 1
         build_inputs(
-            self.words, self.layout, self.table.last_token, self.index, spare, inputs, self._decodes, sequences
-        )
+            self.words, self.layout, self.table.last_token, self.index, spare, inputs, self._samples, self._decodes,
+            sequences,
+        )  # fmt: skip
         plan_decode(self._decodes, sequences, decoder.kv_heads)
         if chunks and gather:
             find_context_slots(self.words, self.layout, self.index, self._context_slots)
@@ -103,12 +112,11 @@ class DeviceStep:
             return out.flatten(1)
 
         x = decoder.hidden(inputs.ids, inputs.positions, inputs.slots, kv, attend)
-        places = self._columns(self.layout.samples, self.limits.rows, 3)[1]
-        torch.index_select(x, 0, places[:samples], out=self._hidden[:samples])
+        torch.index_select(x, 0, self._samples.places[:samples], out=self._hidden[:samples])
 
     def head(self, samples: int) -> None:
         """Logits and tokens of the first `samples` rows that sample, or are padding."""
-        rows, _, positions = (c[:samples] for c in self._columns(self.layout.samples, self.limits.rows, 3))
+        rows, positions = self._samples.rows[:samples], self._samples.positions[:samples]
         logits = self.decoder.logits(self._hidden[:samples], out=self.logits[:samples])
         sample_rows(logits, rows, positions, self.table, self.tokens[:samples], self._workspace)
 

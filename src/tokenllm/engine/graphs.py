@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class Graphs:
                 chunks, samples = min(limits.chunks, chunks_of(size)), min(size, limits.rows)
                 self._step.body(self._kv, size, samples, chunks, gather=self._step.gathers)
 
-    def _captured(self, pool: tuple[int, int]) -> Callable[[str, int], Callable[[], None]]:
+    def _captured(self, pool: Any) -> Callable[[str, int], Callable[[], None]]:
         stream = torch.cuda.current_stream()
 
         def capture(kind: str, size: int) -> Callable[[], None]:
