@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from msgspec.structs import replace
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokenllm.checkpoint.description import describe
-from tokenllm.engine.runner import CpuRunner
+from tokenllm.engine.runner import CpuRunner, Runner
 from tokenllm.memory.token_slots import TokenSlots
 from tokenllm.messages import Sampling, Submit, TokenLogprob
+from tokenllm.models.decoder import Decoder
 from tokenllm.models.weights import Precision, load_decoder, open_weights
 from tokenllm.routing.policy import Conservative
 from tokenllm.scheduler.scheduler import Scheduler
@@ -24,7 +26,7 @@ SLOTS, ROWS, CONTEXT = 8192, 32, 1024
 class Driver:
     """Runs requests on a runner, each from a step of its own, and keeps what they were told."""
 
-    def __init__(self, runner: CpuRunner, margin: float, tolerance: float) -> None:
+    def __init__(self, runner: Runner[Any], margin: float, tolerance: float) -> None:
         self.runner = runner
         self.margin, self.tolerance = margin, tolerance  # of the precision: what is a near-tie, how far logprobs may be
         self.slots = TokenSlots(SLOTS)
@@ -51,7 +53,7 @@ class Driver:
             rows=ROWS,
             max_positions=CONTEXT,
             prefill_chunk_tokens=chunk,
-            most_chunks=1 << 20,
+            most_chunks=self.runner.most_chunks,
             max_queued_requests=0,
             max_queued_tokens=0,
             eos_ids=frozenset(),
@@ -68,13 +70,21 @@ def submit_fixture() -> Callable[..., Submit]:
     return submit
 
 
-@pytest.fixture(scope="session", params=["float32", "auto"])
+@pytest.fixture(scope="session", params=["float32", "auto"] + ["cuda float32"] * torch.cuda.is_available())
 def driver(request: pytest.FixtureRequest, default_model: Path) -> Driver:
-    description = describe(default_model)
-    source = open_weights(default_model, description, CPU, dummy=False, dtype=torch.float32)
+    description, device = describe(default_model), torch.device("cuda" if "cuda" in request.param else "cpu")
+    source = open_weights(default_model, description, device, dummy=False, dtype=torch.float32)
     precision = Precision(torch.float32, half_weights=request.param == "auto")
-    runner = CpuRunner(load_decoder(source, description, precision, CPU, CONTEXT), SLOTS, ROWS, CONTEXT)
-    return Driver(runner, *((0.001, 1e-3) if request.param == "float32" else (0.03, 0.02)))
+    decoder = load_decoder(source, description, precision, device, CONTEXT)
+    return Driver(_runner(decoder), *((0.03, 0.02) if request.param == "auto" else (0.001, 1e-3)))
+
+
+def _runner(decoder: Decoder) -> Runner[Any]:
+    if not decoder.embedding.is_cuda:
+        return CpuRunner(decoder, SLOTS, ROWS, CONTEXT)
+    from tokenllm.engine.cuda_start import start_cuda
+
+    return start_cuda(decoder, ROWS, CONTEXT, CONTEXT, SLOTS, lambda doing: iter)[0]
 
 
 @pytest.fixture(scope="session")
