@@ -74,7 +74,11 @@ def _few_tokens_kernel(
     column = tl.minimum(m, tokens - 1) * depth
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    target = out + m[None, :].to(tl.int64) * features + n[:, None]
+    inside = (m < tokens)[None, :] & (n < features)[:, None]
     after_predecessors(PDL)
+    if ADD and not SPLIT and not GATED:  # on its way while the weights are
+        acc = tl.load(target, mask=inside, other=0.0).to(tl.float32)
     for start in tl.range(split * share, tl.minimum((split + 1) * share, depth), BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         inputs = tl.load(x + column[None, :] + k[:, None])
@@ -94,9 +98,7 @@ def _few_tokens_kernel(
             narrow = out.dtype.element_ty  # rounded as if gate and up had been stored
             gate = acc.to(narrow).to(tl.float32)
             acc = gate / (1.0 + tl.exp(-gate)) * up.to(narrow).to(tl.float32)
-        target = out + m[None, :].to(tl.int64) * features + n[:, None]
-        inside = (m < tokens)[None, :] & (n < features)[:, None]
-        if ADD:
+        if ADD and (SPLIT or GATED):
             acc += tl.load(target, mask=inside, other=0.0).to(tl.float32)
         tl.store(target, acc.to(out.dtype.element_ty), mask=inside)
 
