@@ -160,17 +160,16 @@ LONGEST = 3000 if ON_GPU else 90
     lengths=st.lists(st.integers(1, LONGEST), min_size=1, max_size=20 if ON_GPU else 5),
     heads=st.sampled_from(HEADS),
     programs=st.integers(1, 300 if ON_GPU else 9),
-    least=st.integers(1, 3),
     dtype=st.sampled_from(DTYPES),
 )
 def test_decode_attention(
-    lengths: list[int], heads: tuple[int, int, int], programs: int, least: int, dtype: torch.dtype, device: torch.device
+    lengths: list[int], heads: tuple[int, int, int], programs: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    check_decode(lengths, *heads, programs, least, dtype, device)
+    check_decode(lengths, *heads, programs, dtype, device)
 
 
 def check_decode(
-    lengths: list[int], heads: int, kv_heads: int, head_dim: int, programs: int, least: int, dtype: torch.dtype,
+    lengths: list[int], heads: int, kv_heads: int, head_dim: int, programs: int, dtype: torch.dtype,
     device: torch.device,
 ) -> None:  # fmt: skip
     from tokenllm_kernels.gpu.decode_attention import DecodePlan, DecodeTiling, decode_attention, plan_decode
@@ -178,7 +177,7 @@ def check_decode(
     pool, padded = Pool.of(lengths, kv_heads, head_dim, dtype, device), len(lengths) + 2
     q = normal(padded, heads + 2 * kv_heads, head_dim, dtype=dtype, device=device)[:, :heads]
     block_n = DecodeTiling.of(dtype, head_dim, device).block_n if ON_GPU else 16
-    tiling = DecodeTiling(block_n, 4, 3, programs, least)
+    tiling = DecodeTiling(block_n, 4, 3, programs)
     plan = DecodePlan.empty(padded, heads, kv_heads, head_dim, tiling, device)
     plan.lengths[: len(lengths)] = torch.tensor(lengths, dtype=torch.int32)
     plan.rows[: len(lengths)] = torch.tensor(pool.rows, dtype=torch.int32)
@@ -234,7 +233,7 @@ def check_prefill(
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("lengths", [[32768], [1] * 512, [32768] + [7] * 63, list(range(1, 1024, 8))], ids=str)
 def test_decode_attention_of_real_size(lengths: list[int], head_dim: int, device: torch.device) -> None:
-    check_decode(lengths, 32, 8, head_dim, 264, 2, torch.bfloat16, device)
+    check_decode(lengths, 32, 8, head_dim, 264, torch.bfloat16, device)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="hours in the interpreter")

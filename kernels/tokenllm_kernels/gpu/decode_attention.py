@@ -35,13 +35,12 @@ class DecodeTiling:
     warps: int
     stages: int
     programs: int
-    least_tiles: int = 1  # of a program: shorter pieces cost more to merge than they save
 
     @classmethod
     def of(cls, dtype: torch.dtype, head_dim: int, device: torch.device) -> "DecodeTiling":
         """For H100, measured; a token and head of K and V are 512 bytes at bfloat16 and head_dim 128."""
         block_n = max(16, min(128, 64 * 256 // (head_dim * dtype.itemsize)))
-        return cls(block_n=block_n, warps=2, stages=3, programs=4 * multiprocessors(device), least_tiles=2)
+        return cls(block_n=block_n, warps=2, stages=3, programs=4 * multiprocessors(device))
 
 
 @dataclass(frozen=True)
@@ -76,14 +75,14 @@ class DecodePlan:
 @triton.jit
 def _plan_kernel(
     lengths, before, pieces, sequences, kv_heads, programs,
-    BLOCK_N: tl.constexpr, LEAST: tl.constexpr, SEQUENCES: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK_N: tl.constexpr, SEQUENCES: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.arange(0, SEQUENCES)
     there = sequence < sequences
     tiles = tl.cdiv(tl.load(lengths + sequence, mask=there, other=0), BLOCK_N)
     upto = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0) * kv_heads
-    each = tl.maximum(tl.cdiv(total, programs), LEAST)
+    each = tl.maximum(tl.cdiv(total, programs), 1)
     if tl.program_id(0) == 0:
         tl.store(before, 0)
         tl.store(before + 1 + sequence, upto, mask=there)
@@ -107,7 +106,7 @@ def plan_decode(plan: DecodePlan, sequences: int, kv_heads: int) -> None:
     tiling, at_once = plan.tiling, 16
     _plan_kernel[(triton.cdiv(tiling.programs, at_once),)](
         plan.lengths, plan.before, plan.pieces, sequences, kv_heads, tiling.programs,
-        BLOCK_N=tiling.block_n, LEAST=tiling.least_tiles, SEQUENCES=triton.next_power_of_2(sequences), AT_ONCE=at_once,
+        BLOCK_N=tiling.block_n, SEQUENCES=triton.next_power_of_2(sequences), AT_ONCE=at_once,
         num_warps=8 if sequences > 256 else 4,
     )  # fmt: skip
 
@@ -210,7 +209,7 @@ def _power_of_2(n):
 def _merge_partials(partial, extremes, out, first, last, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Programs first … last did one head: `first` at the end of its piece, the others at the beginning of theirs."""
     MEMBERS: tl.constexpr = _power_of_2(GROUP)
-    AT_ONCE: tl.constexpr = max(1, 32 // MEMBERS)
+    AT_ONCE: tl.constexpr = max(1, 16 // MEMBERS)
     member = tl.arange(0, MEMBERS)
     d = tl.arange(0, HEAD_DIM)
     highest = tl.full([MEMBERS], float("-inf"), tl.float32)
