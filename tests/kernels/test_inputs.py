@@ -96,4 +96,11 @@ def test_a_layout_has_room_for_everything() -> None:
     from tokenllm_kernels.gpu.inputs import COUNTS, StepLayout
 
     layout = StepLayout(5, 4, 7)
-    assert COUNTS + 15 <= layout.chunk_columns <= layout.last_chunks - 25 <= layout.prompt - 37 == layout.words - 65
+    assert (
+        COUNTS + 15
+        <= layout.chunk_columns
+        <= layout.last_chunks - 25
+        <= layout.rules - 37
+        <= layout.prompt - 77
+        == layout.words - 105
+    )

@@ -4,7 +4,7 @@ The host knows rows, positions and slots; the device knows which token each row 
 two together, enters the new slots in the index table, and pads to the size of the graph. `StepLayout` says where in the
 words each column stands:
 
-    counts │ decodes: rows, positions, slots │ chunks: rows, … │ last chunks: rows, places, positions │ prompt: ids, …
+    counts │ decodes: rows, positions, slots │ chunks: rows, … │ last chunks: rows, …, rules │ prompt: ids, rows, …
     ├────── all that a step without prompts needs ───┤                                  as long as needed ──┤
 """
 
@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenllm_kernels.gpu.decode_attention import DecodePlan
+from tokenllm_kernels.gpu.sampling import RULE_WORDS
 
 COUNTS = 8  # words: decodes, prompt tokens, tokens of all contexts in the workspace, prompts that end here
 
@@ -39,9 +40,14 @@ class StepLayout:
         return self.chunk_columns + 6 * self.chunks + 8
 
     @property
+    def rules(self) -> int:
+        """How each of these samples, as `sampling.write_rules` says."""
+        return self.last_chunks + 3 * self.chunks
+
+    @property
     def prompt(self) -> int:
         """ids, rows, positions, slots of the prompt tokens, each as long as there are such tokens in this step."""
-        return self.last_chunks + 3 * self.chunks
+        return self.rules + RULE_WORDS * self.chunks
 
     @property
     def words(self) -> int:

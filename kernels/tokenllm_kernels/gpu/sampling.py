@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenllm_kernels.reference.sampling import SMALLEST_TEMPERATURE, LogitsRule
@@ -27,12 +28,13 @@ SURVEY_WARPS = 8
 CHOOSE_WARPS = 16
 CHOOSE_REGISTERS = 64  # two programs to a multiprocessor
 BIASED = 512  # biased tokens of one request
+RULE_WORDS = 10  # of a packed rule, before its bias: see `write_rules`
 MOST_COUNTED = 32767  # counts are int16 and stay here
 
 _SMALLEST = tl.constexpr(SMALLEST_TEMPERATURE)
 _MOST_COUNTED = tl.constexpr(MOST_COUNTED)
 _NOWHERE = tl.constexpr(2**31 - 1)
-_WORDS = tl.constexpr(10)  # of a packed rule before its bias: see `_pack`
+_WORDS = tl.constexpr(RULE_WORDS)
 
 
 @dataclass(frozen=True)
@@ -482,10 +484,12 @@ def sample_rows(
 
 @triton.jit(do_not_specialize=["bias_width"])
 def _unpack(
-    packed, bias_width,
+    packed, count, bias_width,
     seed, temperature, top_p, min_p, frequency_penalty, presence_penalty, top_k, biased, bias_ids, bias_values, counts,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
+    if tl.program_id(1) >= tl.load(count):
+        return
     mine = packed + tl.program_id(1) * (_WORDS + 2 * bias_width)
     row = tl.load(mine).to(tl.int64)
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -508,24 +512,37 @@ def _unpack(
         tl.store(bias_values + row * BIASED + at, value.to(tl.float32, bitcast=True), mask=at < biases)
 
 
-def set_rules(table: SamplingTable, rows: Sequence[int], rules: Sequence[LogitsRule]) -> None:
-    """Give rows of the table new requests, from the next `sample_rows` on: one copy and one launch, no waiting.
+def take_rules(packed: Tensor, count: Tensor, most: int, table: SamplingTable, bias_width: int = 0) -> None:
+    """Give rows of the table new requests, from the next `sample_rows` on; may be captured.
 
-    ValueError where a logit bias is longer than BIASED, names a token twice or one outside the vocabulary.
+    packed [most, RULE_WORDS + 2 · bias_width] int32, what `write_rules` wrote; of it the first `count` [1] int32 count.
     """
-    if not rows:
-        return
-    for rule in rules:
-        _check_bias(rule.logit_bias, table.vocab)
-    packed = _pack(rows, rules, table.vocab, pin=table.seed.is_cuda)
-    # the allocator of pinned memory keeps the buffer until the copy is done
-    sent = packed.to(table.seed.device, non_blocking=True)
-    _unpack[(triton.cdiv(table.vocab, BLOCK), len(rows))](
-        sent, (packed.shape[1] - _WORDS.value) // 2,
+    _unpack[(triton.cdiv(table.vocab, BLOCK), most)](
+        packed, count, bias_width,
         table.seed, table.temperature, table.top_p, table.min_p, table.frequency_penalty, table.presence_penalty,
         table.top_k, table.biased, table.bias_ids, table.bias_values, table.counts,
         VOCAB=table.vocab, BLOCK=BLOCK, BIASED=BIASED,
     )  # fmt: skip
+
+
+def set_rules(table: SamplingTable, rows: Sequence[int], rules: Sequence[LogitsRule]) -> None:
+    """`take_rules` of rules that may hold a bias, which is too long to travel with every step: one copy of their own
+    and one launch, no waiting.
+
+    ValueError where a logit bias is longer than BIASED, names a token twice or one outside the vocabulary.
+    """
+    for rule in rules:
+        _check_bias(rule.logit_bias, table.vocab)
+    width = max((len(rule.logit_bias) for rule in rules), default=0)
+    stride = RULE_WORDS + 2 * width
+    packed = torch.empty(1 + len(rows) * stride, dtype=torch.int32, pin_memory=table.seed.is_cuda)
+    packed[0] = len(rows)
+    words = packed[1:].numpy().reshape(-1, stride)
+    write_rules(words, rows, rules, table.vocab)
+    _write_bias(words, rules, width)
+    # the allocator of pinned memory keeps the buffer until the copy is done
+    sent = packed.to(table.seed.device, non_blocking=True)
+    take_rules(sent[1:], sent, len(rows), table, width)
 
 
 def _check_bias(bias: tuple[tuple[int, float], ...], vocab: int) -> None:
@@ -538,14 +555,11 @@ def _check_bias(bias: tuple[tuple[int, float], ...], vocab: int) -> None:
         raise ValueError(f"logit_bias names token {strange[0]}, and the vocabulary has {vocab}")
 
 
-def _pack(rows: Sequence[int], rules: Sequence[LogitsRule], vocab: int, *, pin: bool) -> Tensor:
-    """[rows, words] int32: row, seed in two words, five floats, top-k, biases; then the bias's tokens and values."""
-    bias_width = max(len(rule.logit_bias) for rule in rules)
-    packed = torch.empty(len(rows), _WORDS.value + 2 * bias_width, dtype=torch.int32, pin_memory=pin)
-    words, floats = packed.numpy(), packed.numpy().view(np.float32)
+def write_rules(words: NDArray[np.int32], rows: Sequence[int], rules: Sequence[LogitsRule], vocab: int) -> None:
+    """Into words [rules, RULE_WORDS or more]: row, seed in two words, five floats, top-k, length of the bias."""
     words[:, 0] = rows
     words[:, 1:3] = np.array([rule.seed for rule in rules], np.uint64).view(np.int32).reshape(-1, 2)
-    floats[:, 3:8] = [
+    numbers = [
         (
             max(rule.temperature, SMALLEST_TEMPERATURE) if rule.temperature > 0 else 0.0,
             rule.top_p,
@@ -555,10 +569,15 @@ def _pack(rows: Sequence[int], rules: Sequence[LogitsRule], vocab: int, *, pin: 
         )
         for rule in rules
     ]
+    words[:, 3:8] = np.array(numbers, np.float32).reshape(-1, 5).view(np.int32)
     words[:, 8] = [rule.top_k if rule.top_k < vocab else 0 for rule in rules]
     words[:, 9] = [len(rule.logit_bias) for rule in rules]
+
+
+def _write_bias(words: NDArray[np.int32], rules: Sequence[LogitsRule], width: int) -> None:
+    """Behind each rule its biased tokens, then their values."""
+    floats = words.view(np.float32)
     for i, rule in enumerate(rules):
         for j, (token, value) in enumerate(rule.logit_bias):
-            words[i, _WORDS.value + j] = token
-            floats[i, _WORDS.value + bias_width + j] = value
-    return packed
+            words[i, RULE_WORDS + j] = token
+            floats[i, RULE_WORDS + width + j] = value

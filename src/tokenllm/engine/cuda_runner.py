@@ -22,7 +22,7 @@ from tokenllm.models.weights import Track
 from tokenllm_kernels import top_logprobs
 from tokenllm_kernels.gpu.inputs import COUNTS, StepLayout
 from tokenllm_kernels.gpu.prefill_hopper import BLOCK_M
-from tokenllm_kernels.gpu.sampling import set_rules
+from tokenllm_kernels.gpu.sampling import RULE_WORDS, set_rules, write_rules
 
 Words = NDArray[np.int32]
 
@@ -102,7 +102,7 @@ class CudaRunner:
         staging.send(shape)
         self._graphs.body(shape)
         if shape.samples:
-            self._take_rules([chunk for chunk in plan.chunks if chunk.samples])
+            self._remember([chunk for chunk in plan.chunks if chunk.samples])
             self._graphs.head(shape.samples)
             staging.fetch(self._step.tokens)
         logprobs = self._ask_logprobs(plan)
@@ -126,45 +126,45 @@ class CudaRunner:
 
     def _write_last_chunks(self, words: Words, chunks: Sequence[Chunk], place: int) -> int:
         """Returns how many prompts end in this step."""
-        layout, ending = self._layout, []
-        for chunk in chunks:
-            place += chunk.tokens
-            if chunk.samples:
-                ending.append((chunk.row, place - 1, chunk.end))
-        columns = words[layout.last_chunks : layout.prompt].reshape(3, -1)
-        columns[:, : len(ending)] = np.array(ending, np.int32).reshape(-1, 3).T
-        return len(ending)
+        layout, ending = self._layout, [chunk.samples for chunk in chunks]
+        last = [chunk for chunk in chunks if chunk.samples]
+        columns, rows = words[layout.last_chunks : layout.rules].reshape(3, -1), [chunk.row for chunk in last]
+        columns[0, : len(last)] = rows
+        columns[1, : len(last)] = place - 1 + np.cumsum([chunk.tokens for chunk in chunks])[ending]
+        columns[2, : len(last)] = [chunk.end for chunk in last]
+        rules = words[layout.rules : layout.rules + RULE_WORDS * len(last)].reshape(-1, RULE_WORDS)
+        write_rules(rules, rows, [chunk.rule for chunk in last], self._step.table.vocab)
+        return len(last)
 
     def _write_chunks(self, words: Words, chunks: Sequence[Chunk], place: int) -> int:
         """Returns the tokens of all contexts together."""
-        layout, most = self._layout, self._layout.chunks
+        layout, most, used = self._layout, self._layout.chunks, len(chunks)
         columns = words[layout.chunk_columns : layout.chunk_columns + 5 * most].reshape(5, -1)
-        counts, ends = (np.array(c, np.int32) for c in ([c.tokens for c in chunks], [c.end for c in chunks]))
-        upto, used = np.cumsum(counts), len(chunks)
-        columns[:4, used:] = 0
-        columns[0, :used] = [chunk.row for chunk in chunks]
-        columns[1, :used] = place + upto - counts
-        columns[2, :used], columns[3, :used] = counts, ends
-        contexts = np.cumsum(ends)
-        columns[4, :used], columns[4, used:] = contexts - ends, contexts[-1]
+        rows, counts, ends = np.array([(chunk.row, chunk.tokens, chunk.end) for chunk in chunks], np.int32).T
+        upto, contexts = np.cumsum(counts), np.cumsum(ends)
+        columns[:4, used:], columns[4, used:] = 0, contexts[-1]
+        columns[:, :used] = rows, place + upto - counts, counts, ends, contexts - ends
         tiles = words[layout.chunk_columns + 5 * most :][: most + 1]
         tiles[0] = 0
         tiles[1 : used + 1] = np.cumsum(-(-counts // BLOCK_M))
         tiles[used + 1 :] = tiles[used]
         prompt = words[layout.prompt : layout.prompt + 4 * upto[-1]].reshape(4, -1)
-        for chunk, end in zip(chunks, upto, strict=True):
-            mine = slice(end - chunk.tokens, end)
-            prompt[0, mine], prompt[1, mine] = chunk.ids, chunk.row
-            prompt[2, mine], prompt[3, mine] = np.arange(chunk.start, chunk.end), chunk.slots
+        np.concatenate([chunk.ids for chunk in chunks], out=prompt[0])
+        prompt[1] = np.repeat(rows, counts)
+        prompt[2] = np.arange(upto[-1]) + np.repeat(ends - upto, counts)
+        np.concatenate([chunk.slots for chunk in chunks], out=prompt[3])
         return int(contexts[-1])
 
-    def _take_rules(self, chunks: Sequence[Chunk]) -> None:
+    def _remember(self, chunks: Sequence[Chunk]) -> None:
+        """What of these prompts' wishes does not travel with the step."""
         for chunk in chunks:
             if chunk.logprobs is None:
                 self._logprobs.pop(chunk.row, None)
             else:
                 self._logprobs[chunk.row] = chunk.logprobs
-        set_rules(self._step.table, [chunk.row for chunk in chunks], [chunk.rule for chunk in chunks])
+        biased = [chunk for chunk in chunks if chunk.rule.logit_bias]
+        if biased:
+            set_rules(self._step.table, [chunk.row for chunk in biased], [chunk.rule for chunk in biased])
 
     def _ask_logprobs(self, plan: Plan) -> AskedLogprobs | None:
         if not self._logprobs:

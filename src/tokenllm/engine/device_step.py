@@ -30,9 +30,10 @@ from tokenllm_kernels.gpu.prefill_hopper import (
     most_tiles,
     prefill_attention_hopper,
 )
-from tokenllm_kernels.gpu.sampling import SamplingTable, SamplingWorkspace, sample_rows
+from tokenllm_kernels.gpu.sampling import SamplingTable, SamplingWorkspace, sample_rows, take_rules
 
 HOPPER_HEAD_DIMS = (64, 128)
+ENDING = 3  # the word that tells how many prompts end in the step
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ class DeviceStep:
             sequences,
         )  # fmt: skip
         plan_decode(self._decodes, sequences, decoder.kv_heads)
+        if chunks:
+            take_rules(self.words[self.layout.rules :], self.words[ENDING:], chunks, self.table)
         if chunks and gather:
             find_context_slots(self.words, self.layout, self.index, self._context_slots)
 
