@@ -54,6 +54,7 @@ class FakeRunner:
 
     ahead = 1
     most_chunks = CHUNK_TOKENS
+    compilations = 0
 
     def __init__(self) -> None:
         self.paced = False

@@ -51,6 +51,7 @@ METRICS = (
     Metric("tokenllm_preemptions_total", "counter", "Times a running request was paused to make room."),
     Metric("tokenllm_restarts_total", "counter", "Times a process or a generation was replaced."),
     Metric("tokenllm_steps_total", "counter", "Steps of the running batch."),
+    Metric("tokenllm_kernel_compilations_total", "counter", "Kernels that were compiled while requests waited."),
     Metric("tokenllm_ring_corrupt_total", "counter", "Rings whose contents did not match their checksum."),
     Metric(
         "tokenllm_time_to_first_token_seconds",

@@ -20,6 +20,7 @@ from tokenllm.engine.device_step import DeviceStep
 from tokenllm.engine.graphs import Graphs, StepShape
 from tokenllm.models.weights import Track
 from tokenllm_kernels import top_logprobs
+from tokenllm_kernels.gpu.device import on_compilation
 from tokenllm_kernels.gpu.inputs import COUNTS, StepLayout
 from tokenllm_kernels.gpu.prefill_hopper import BLOCK_M
 from tokenllm_kernels.gpu.sampling import RULE_WORDS, set_rules, write_rules
@@ -84,6 +85,7 @@ class CudaRunner:
     ahead = 1
 
     def __init__(self, step: DeviceStep, kv: Sequence[Tensor], track: Track[int]) -> None:
+        self.compilations = 0  # kernels that a request had to wait for
         self._step, self._layout = step, step.layout
         self._stagings = [Staging(step.layout, step.words) for _ in range(self.ahead + 2)]
         self._logprobs: dict[int, int] = {}  # row → alternatives, of rows that asked
@@ -93,6 +95,14 @@ class CudaRunner:
     @property
     def most_chunks(self) -> int:
         return self._step.limits.chunks
+
+    def count_compilations(self) -> None:
+        """All is warm: whatever is compiled from now on, somebody waits for."""
+
+        def count() -> None:
+            self.compilations += 1
+
+        on_compilation(count)
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> CudaFlight:

@@ -34,6 +34,7 @@ def start_cuda(
     except torch.OutOfMemoryError as error:
         raise MemoryError(f"the GPU's memory is too small: {str(error).splitlines()[0]}") from error
     _warm_up(runner, limits)
+    runner.count_compilations()
     return runner, kv_tokens
 
 

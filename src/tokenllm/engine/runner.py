@@ -35,6 +35,11 @@ class Runner(Protocol[F]):
         """How many prompts one step may read of."""
         ...
 
+    @property
+    def compilations(self) -> int:
+        """Kernels compiled since the runner was warm; none, if all is well."""
+        ...
+
     def launch(self, plan: Plan) -> F: ...
 
     def collect(self, flight: F) -> Sampled: ...
@@ -67,6 +72,7 @@ class CpuRunner:
 
     ahead = 0
     most_chunks = 1 << 20
+    compilations = 0
 
     def __init__(self, decoder: Decoder, slots: int, rows: int, max_positions: int) -> None:
         self._decoder = decoder

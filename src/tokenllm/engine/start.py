@@ -1,7 +1,8 @@
 """From a model path to a warm runner: device and precision, weights, KV memory sized from what is free."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +22,25 @@ from tokenllm_kernels import LogitsRule
 KV_SHARE_OF_MEMORY = 0.5  # of what is free once the weights are loaded; the rest is for activations and for others
 
 Progress: TypeAlias = Callable[[str], Track[int]]  # by what is being done
+
+
+class DeviceFault(Exception):
+    """The GPU failed, or ran out of memory: nothing that it still holds can be trusted."""
+
+
+@contextmanager
+def device_faults() -> Iterator[None]:
+    """Turn what torch says of a failing GPU into a DeviceFault."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceFault(f"the GPU ran out of memory: {_first_line(error)}") from error
+    except torch.AcceleratorError as error:
+        raise DeviceFault(f"the GPU failed: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 @dataclass(frozen=True)

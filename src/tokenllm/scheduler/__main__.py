@@ -10,7 +10,7 @@ from rich.progress import track
 from tokenllm.checkpoint import CheckpointError
 from tokenllm.config import SchedulerBirth, ServeConfig
 from tokenllm.counters import Page
-from tokenllm.engine.start import Engine, start_engine
+from tokenllm.engine.start import DeviceFault, Engine, device_faults, start_engine
 from tokenllm.memory.token_slots import TokenSlots
 from tokenllm.messages import Inbound, Midway, Ready
 from tokenllm.models.weights import Track
@@ -31,7 +31,11 @@ def main() -> None:
     loop = Loop(_scheduler(birth.config, engine), engine.runner, inboxes, outbox, Page(birth.page_fd), ready)
     gc.collect()
     gc.freeze()  # no collection walks again through what lives as long as the process: torch alone takes 100 ms
-    loop.serve()
+    try:
+        with device_faults():
+            loop.serve()
+    except DeviceFault as fault:
+        sys.exit(f"tokenllm: {fault}")
 
 
 def _load(config: ServeConfig, path: Path) -> Engine:
@@ -42,8 +46,9 @@ def _load(config: ServeConfig, path: Path) -> Engine:
         return lambda parts: iter(track(parts, description=doing, console=console, transient=True))
 
     try:
-        return start_engine(config, path, progress)
-    except (CheckpointError, ValueError, MemoryError) as error:
+        with device_faults():
+            return start_engine(config, path, progress)
+    except (CheckpointError, DeviceFault, ValueError, MemoryError) as error:
         sys.exit(f"tokenllm: the model cannot be served: {error}")
 
 

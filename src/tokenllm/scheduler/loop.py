@@ -78,6 +78,7 @@ class Loop(Generic[Flight]):
         step = self._scheduler.settle(planned, self._runner.collect(flight))
         now = time.monotonic()
         self._page.add("tokenllm_steps_total")
+        self._page.set("tokenllm_kernel_compilations_total", self._runner.compilations)
         self._page.add("tokenllm_generation_tokens_total", len(step.ids) // BYTES_PER_ID)
         self._page.observe("tokenllm_step_seconds", now - began)
         self._page.set("tokenllm_last_step_monotonic_seconds", now)
