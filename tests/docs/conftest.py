@@ -1,6 +1,9 @@
 """What the documents say in code, and a real server to say it to."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +25,23 @@ def blocks() -> Callable[[str, str], list[str]]:
         return found
 
     return blocks
+
+
+@pytest.fixture
+def run_example(
+    blocks: Callable[[str, str], list[str]], tmp_path: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the Python blocks of a document as one script, with something in it replaced."""
+
+    def run_example(document: str, old: str = "", new: str = "") -> subprocess.CompletedProcess[str]:
+        text = "".join(blocks(document, "python"))
+        assert old in text
+        script = tmp_path / "example.py"
+        script.write_text(text.replace(old, new) if old else text, encoding="utf-8")
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        return subprocess.run([sys.executable, script], cwd="/", env=environment, capture_output=True, text=True)
+
+    return run_example
 
 
 @pytest.fixture(scope="session")
