@@ -1,6 +1,7 @@
 """What an engine says when it cannot start, or go on."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,3 +34,11 @@ def test_other_errors_stay_what_they_are() -> None:
 def test_a_gpu_that_is_not_there(default_model: Path) -> None:
     with pytest.raises(ValueError, match="device: cuda was asked for"):
         start_engine(ServeConfig(device="cuda"), default_model, lambda doing: iter)
+
+
+def test_a_head_that_no_kernel_serves() -> None:
+    from tokenllm.engine.cuda_start import start_cuda
+
+    decoder = SimpleNamespace(head_dim=96)
+    with pytest.raises(ValueError, match="head_dim 96"):
+        start_cuda(decoder, 4, 16, 64, 0, lambda doing: iter)  # type: ignore[arg-type]

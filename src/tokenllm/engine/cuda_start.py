@@ -24,6 +24,7 @@ def start_cuda(
     """A runner for `rows` requests and `prompt_tokens` of prompts in a step, and the tokens of its KV memory: `wanted`,
     or as many as fit. A MemoryError says what there is no room for.
     """
+    _refuse_what_no_kernel_serves(decoder)
     torch.cuda.set_stream(torch.cuda.Stream())
     try:
         kv_tokens = _measure(decoder, limits_of(rows, prompt_tokens, context), wanted)
@@ -36,6 +37,12 @@ def start_cuda(
     _warm_up(runner, limits)
     runner.count_compilations()
     return runner, kv_tokens
+
+
+def _refuse_what_no_kernel_serves(decoder: Decoder) -> None:
+    head_dim = decoder.head_dim
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        raise ValueError(f"head_dim {head_dim} is not served on a GPU: its kernels want a power of two from 16 on")
 
 
 def limits_of(rows: int, prompt_tokens: int, context: int) -> Limits:
