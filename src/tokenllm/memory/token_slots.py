@@ -22,6 +22,9 @@ class TokenSlots:
     def held(self) -> int:
         return self.capacity - self.free
 
+    def free_slots(self) -> Slots:
+        return self._stack[: self.free]
+
     def take(self, count: int) -> Slots:
         """`count` free slots; a MemoryError that changes nothing when there are fewer."""
         if count > self.free:

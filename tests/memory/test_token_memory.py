@@ -1,0 +1,328 @@
+"""Laws of the token memory, for requests that begin, read, decode, finish and are dropped in any order: every slot is
+free, cached or active once; a row names only slots that hold what it should read; the tree knows what a dict knows, and
+forgets what the dict would forget.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tokenllm.memory.prefix_tree import Look, Node, PrefixTree, Realm
+from tokenllm.memory.token_memory import TokenMemory
+from tokenllm.memory.token_slots import Slots
+
+CAPACITY = 40
+REALMS = st.sampled_from([Realm("ann", "", "", "1"), Realm("bob", "", "", "1"), Realm("ann", "salt", "", "1")])
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=12)  # two words, so that prefixes meet
+Prefix = tuple[Realm, tuple[int, ...]]  # a token, by all that it depends on
+
+
+@dataclass
+class Running:
+    """A request as its scheduler sees it."""
+
+    uid: int
+    realm: Realm
+    prompt: list[int]
+    node: Node
+    slots: Slots
+    ids: list[int]
+    shared: int  # so many of its slots are the tree's
+    announced: bool = True
+
+    def prefix(self, count: int) -> Prefix:
+        return self.realm, tuple(self.ids[:count])
+
+
+@dataclass
+class NaiveCache:
+    """A prefix tree as a dict: each token by all that it depends on, and when it was last used."""
+
+    last_use: dict[Prefix, int] = field(default_factory=dict)
+    uses: int = 0
+
+    def cached(self, realm: Realm, ids: list[int]) -> int:
+        return next(
+            count for count in range(len(ids), -1, -1) if not count or (realm, tuple(ids[:count])) in self.last_use
+        )
+
+    def use(self, prefixes: list[Prefix]) -> None:
+        self.uses += 1
+        self.last_use |= dict.fromkeys(prefixes, self.uses)
+
+    def forget(self, count: int, held: set[Prefix]) -> set[Prefix]:
+        """The token that is last in line and that no other depends on, so many times."""
+        forgotten = set()
+        for _ in range(count):
+            inner = {(realm, ids[:-1]) for realm, ids in self.last_use}
+            oldest = min((use, prefix) for prefix, use in self.last_use.items() if prefix not in inner | held)[1]
+            del self.last_use[oldest]
+            forgotten.add(oldest)
+        return forgotten
+
+
+def common(some: list[int], others: list[int]) -> int:
+    return next(
+        (at for at, (a, b) in enumerate(zip(some, others, strict=False)) if a != b), min(len(some), len(others))
+    )
+
+
+class MemoryMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = TokenMemory(CAPACITY)
+        self.tree = self.memory.prefixes
+        self.naive = NaiveCache()
+        self.running: list[Running] = []
+        self.content: dict[int, Prefix] = {}  # what the K and V of a slot that is not free are of
+        self.uid = 0
+
+    def held(self) -> set[Prefix]:
+        return {request.prefix(count + 1) for request in self.running for count in range(request.shared)}
+
+    def take(self, count: int) -> Slots | None:
+        """Slots for tokens; what had to be forgotten for them is what the naive cache forgets."""
+        missing = count - self.memory.free
+        if count > self.memory.available:
+            with pytest.raises(MemoryError, match=f"{count} token slots wanted"):
+                self.memory.take(count)
+            return None
+        slots = self.memory.take(count)
+        if missing > 0:
+            forgotten = self.naive.forget(missing, self.held())
+            evicted = {slot for slot, prefix in self.content.items() if prefix in forgotten}
+            assert len(evicted) == missing and evicted <= set(slots.tolist())
+            for slot in evicted:
+                del self.content[slot]
+        assert not set(slots.tolist()) & set(self.content), "a slot that is taken was free"
+        return slots
+
+    def give_back(self, slots: Slots) -> None:
+        self.memory.give_back(slots)
+        for slot in slots.tolist():
+            del self.content[slot]
+
+    def compute(self, request: Running, tokens: list[int]) -> bool:
+        slots = self.take(len(tokens))
+        if slots is None:
+            return False
+        for slot, token in zip(slots.tolist(), tokens, strict=True):
+            request.ids.append(token)
+            self.content[slot] = request.prefix(len(request.ids))
+        request.slots = np.concatenate([request.slots, slots])
+        return True
+
+    def insert(self, request: Running) -> tuple[Node, Slots, Slots]:
+        known = self.naive.cached(request.realm, request.ids)
+        entry = self.tree.insert(request.realm, np.array(request.ids, np.int32), request.slots)
+        self.naive.use([request.prefix(count + 1) for count in range(len(request.ids))])
+        assert (entry.slots[known:] == request.slots[known:]).all(), "what nobody had cached is the caller's"
+        assert entry.surplus.tolist() == request.slots[request.shared : known].tolist()
+        return entry.node, entry.slots, entry.surplus
+
+    def leave(self, request: Running) -> None:
+        before = self.held()
+        self.running.remove(request)
+        self.tree.unlock(request.node)
+        self.naive.use(list(before - self.held()))
+        self.tree.withdraw(request.uid)
+
+    @rule(realm=REALMS, prompt=PROMPTS)
+    def begin(self, realm: Realm, prompt: list[int]) -> None:
+        match = self.tree.match(realm, np.array(prompt, np.int32))
+        self.tree.lock(match.node)
+        assert len(match) == self.naive.cached(realm, prompt[:-1]) < len(prompt)
+        self.uid += 1
+        ids = prompt[: len(match)]
+        self.running.append(Running(self.uid, realm, prompt, match.node, match.slots, ids, shared=len(match)))
+        self.tree.announce(self.uid, realm, np.array(prompt, np.int32))
+
+    @rule(realm=REALMS, prompt=PROMPTS)
+    def look(self, realm: Realm, prompt: list[int]) -> None:
+        most = prompt[:-1]
+        cached, held = self.naive.cached(realm, most), self.held()
+        active = sum((realm, tuple(prompt[: count + 1])) in held for count in range(cached))
+        shares = {r.uid: common(most, r.prompt) for r in self.running if r.announced and r.realm == realm}
+        coming = max(0, max(shares.values(), default=0) - cached)
+        look = self.tree.look(realm, np.array(prompt, np.int32))
+        assert look == Look(cached, active, coming, look.producer)
+        assert shares[look.producer] == cached + coming if coming else look.producer == 0
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), count=st.integers(1, 6))
+    def read(self, data: st.DataObject, count: int) -> None:
+        request = data.draw(st.sampled_from(self.running))
+        tokens = request.prompt[len(request.ids) :][:count]
+        if not tokens or not self.compute(request, tokens):
+            return
+        node, request.slots, surplus = self.insert(request)
+        self.tree.lock(node)
+        self.tree.unlock(request.node)
+        request.node, request.shared = node, len(request.ids)
+        self.give_back(surplus)
+        if len(request.ids) == len(request.prompt):
+            self.tree.withdraw(request.uid)
+            request.announced = False
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), token=st.integers(0, 1))
+    def decode(self, data: st.DataObject, token: int) -> None:
+        request = data.draw(st.sampled_from(self.running))
+        if len(request.ids) >= len(request.prompt):
+            self.compute(request, [token])
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.running))
+        _, _, surplus = self.insert(request)
+        self.leave(request)
+        self.give_back(surplus)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        """Nothing of it is kept but what it had inserted."""
+        request = data.draw(st.sampled_from(self.running))
+        self.leave(request)
+        self.give_back(request.slots[request.shared :])
+
+    @rule(share=st.floats(0, 1))
+    def evict(self, share: float) -> None:
+        slots = self.tree.evict(int(share * self.tree.evictable))
+        assert {self.content[slot] for slot in slots.tolist()} == self.naive.forget(len(slots), self.held())
+        self.give_back(slots)
+
+    @invariant()
+    def every_slot_is_held_once(self) -> None:
+        assert self.memory.free + self.memory.cached + self.memory.active == CAPACITY
+        self.memory.check([request.slots for request in self.running])
+
+    @invariant()
+    def the_tree_knows_what_the_dict_knows(self) -> None:
+        assert self.tree.cached == len(self.naive.last_use)
+        assert self.tree.locked == len(self.held())
+
+    @invariant()
+    def a_row_reads_what_was_computed_for_it(self) -> None:
+        for request in self.running:
+            read = [self.content[slot] for slot in request.slots.tolist()]
+            assert read == [request.prefix(count + 1) for count in range(len(request.ids))]
+
+
+MemoryMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+test_laws_of_the_token_memory = MemoryMachine.TestCase
+
+
+ANN = Realm("ann", "", "", "1")
+
+
+def ids(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+
+def test_the_life_of_a_request_and_of_its_twin() -> None:
+    memory = TokenMemory(20)
+    tree, prompt = memory.prefixes, ids("the cat")
+
+    first = tree.match(ANN, prompt)
+    assert not len(first)
+    tree.lock(first.node)
+    tree.announce(1, ANN, prompt)
+    slots = memory.take(4)  # a step reads "the "
+    entry = tree.insert(ANN, prompt[:4], slots)
+    tree.lock(entry.node)
+    tree.unlock(first.node)
+    assert tree.look(ANN, ids("the cow")) == Look(cached=4, active=4, coming=1, producer=1), "the c is on its way"
+    assert tree.look(Realm("bob", "", "", "1"), ids("the cow")) == Look(0, 0, 0, 0)
+
+    slots = np.concatenate([slots, memory.take(3)])  # the next one, the rest
+    before, entry = entry, tree.insert(ANN, prompt, slots)
+    tree.lock(entry.node)
+    tree.unlock(before.node)
+    tree.withdraw(1)
+
+    twin = tree.match(ANN, prompt)
+    tree.lock(twin.node)
+    assert twin.slots.tolist() == slots[:6].tolist(), "all but the last token"
+    assert (memory.free, memory.cached, memory.active) == (13, 0, 7)
+    own = memory.take(1)
+    same = tree.insert(ANN, prompt, np.concatenate([twin.slots, own]))
+    assert same.surplus.tolist() == own.tolist() and same.slots.tolist() == slots.tolist()
+    tree.lock(same.node)
+    tree.unlock(twin.node)
+    memory.give_back(same.surplus)
+    memory.check([slots, same.slots])
+
+    slots = np.concatenate([slots, memory.take(2)])  # the first one decodes "s " and has finished; its twin at once
+    assert not len(tree.insert(ANN, ids("the cats "), slots).surplus)
+    tree.unlock(entry.node)
+    tree.unlock(same.node)
+    assert (memory.free, memory.cached, memory.active) == (11, 9, 0)
+    memory.take(16)
+    assert tree.look(ANN, ids("the cats and dogs")).cached == 4, "the end is forgotten first, to the token"
+
+
+def test_a_request_may_keep_its_own_slots_until_its_finish() -> None:
+    memory = TokenMemory(20)
+    tree = memory.prefixes
+    early = tree.insert(ANN, ids("abc"), memory.take(3))
+    own = memory.take(5)  # a twin that did not wait
+    entry = tree.insert(ANN, ids("abcde"), own)
+    tree.lock(entry.node)
+    assert entry.surplus.tolist() == own[:3].tolist()
+    assert entry.slots.tolist() == [*early.slots.tolist(), *own[3:].tolist()]
+    with pytest.raises(MemoryError):
+        memory.take(13)  # what hangs below the twin's tokens keeps these, too
+    final = tree.insert(ANN, ids("abcde"), own)
+    tree.unlock(entry.node)
+    memory.give_back(final.surplus)
+    memory.check([])
+    assert memory.available == 20
+
+
+def test_what_was_used_last_is_forgotten_last() -> None:
+    memory = TokenMemory(9)
+    tree = memory.prefixes
+    for text in ("one", "two", "six"):
+        tree.insert(ANN, ids(text), memory.take(3))
+    node = tree.match(ANN, ids("one!")).node
+    tree.lock(node)
+    tree.unlock(node)
+    memory.take(4)
+    assert [tree.look(ANN, ids(text + "!")).cached for text in ("one", "two", "six")] == [3, 0, 2]
+
+
+def test_a_producer_that_is_aborted_holds_nobody_back() -> None:
+    tree = PrefixTree()
+    for uid, text in ((7, "abcdef"), (8, "abc"), (9, "abX")):
+        tree.announce(uid, ANN, ids(text))
+    assert tree.look(ANN, ids("abcdeY")) == Look(0, 0, 5, 7)
+    tree.withdraw(7)
+    assert tree.look(ANN, ids("abcdeY")) == Look(0, 0, 3, 8)
+    tree.withdraw(8)
+    tree.withdraw(8)
+    assert tree.look(ANN, ids("abcdeY")) == Look(0, 0, 2, 9)
+    tree.withdraw(9)
+    assert tree.look(ANN, ids("abcdeY")) == Look(0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("break_it", ["leak", "twice", "locked"])
+def test_check_finds_what_is_wrong(break_it: str) -> None:
+    memory = TokenMemory(8)
+    entry = memory.prefixes.insert(ANN, ids("abc"), memory.take(3))
+    row = memory.take(2)
+    memory.check([row])
+    match break_it:
+        case "leak":
+            memory.take(1)
+        case "twice":
+            memory.give_back(row[:1])
+        case "locked":
+            memory.prefixes.lock(entry.node)
+    with pytest.raises(AssertionError, match="not held exactly once"):
+        memory.check([row])
