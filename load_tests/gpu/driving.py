@@ -16,7 +16,6 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import msgspec
 import numpy as np
-import torch
 from rich.progress import track
 
 from model_folder import write_model_folder
@@ -24,6 +23,7 @@ from tokenllm.checkpoint.description import ModelDescription, describe
 from tokenllm.config import ServeConfig
 from tokenllm.counters import Page, create_page
 from tokenllm.engine.batch import Plan, Sampled
+from tokenllm.engine.cuda_runner import Staging
 from tokenllm.engine.runner import Runner
 from tokenllm.engine.start import Engine, start_engine
 from tokenllm.memory.token_slots import TokenSlots
@@ -155,13 +155,13 @@ class Meter:
 
     @contextmanager
     def waiting_counted(self) -> Iterator[None]:
-        """Waiting for an event of the device is a phase of its own."""
-        synchronize = torch.cuda.Event.synchronize
-        torch.cuda.Event.synchronize = self.timing("wait", synchronize)
+        """Waiting for the device is a phase of its own."""
+        wait = Staging.wait
+        Staging.wait = self.timing("wait", wait)
         try:
             yield
         finally:
-            torch.cuda.Event.synchronize = synchronize
+            Staging.wait = wait
 
     def runner(self, runner: Runner[Any]) -> "MeteredRunner":
         return MeteredRunner(self, runner)

@@ -19,7 +19,7 @@ LEAST_CHUNKS = 8
 
 
 def decode_buckets(rows: int) -> list[int]:
-    """Sizes of batches up to `rows`: padding costs at most an eighth, or a few tokens."""
+    """Sizes of batches up to `rows`: padding is at most a quarter, and an eighth from 128 rows on."""
     sizes = {1, 2, 4, rows}
     for step, upto in ((8, 64), (16, 256), (32, 512), (64, 1024), (128, 4096)):
         sizes |= set(range(step, min(rows, upto) + 1, step))
