@@ -14,7 +14,7 @@ SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_inf
 CANDIDATES := python3 python3.13 python3.12 python3.11 python
 PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(shell $(p) -c '$(SUITABLE)' 2>/dev/null && echo $(p))))
 
-# With a GPU torch is the newest, and brings its own CUDA and Triton; without one it is the pinned release.
+# With a GPU torch is the newest, and brings its own CUDA and Triton; without one both are the pinned releases.
 GPU = $(shell nvidia-smi -L 2>/dev/null)
 PIP = $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt $(if $(GPU),,-c constraints-cpu.txt)
 TOKENLLM = $(PIP) --no-build-isolation -e

@@ -1,7 +1,9 @@
 """Fixtures that more than one room needs."""
 
 import os
+from collections.abc import Generator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -12,6 +14,26 @@ if not Path("/dev/nvidiactl").exists():
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from tokenllm.checkpoint.source import resolve
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that is skipped has failed: what cannot be tested here must not look as if it were."""
+    return _failed_if_skipped((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _failed_if_skipped((yield))
+
+
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+
+def _failed_if_skipped(report: Report) -> Report:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"no test may be skipped: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(scope="session")

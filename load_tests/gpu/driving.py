@@ -178,10 +178,14 @@ class MeteredRunner:
 
     def __init__(self, meter: Meter, runner: Runner[Any]) -> None:
         self.ahead, self.most_chunks = runner.ahead, runner.most_chunks
-        self._meter = meter
+        self._runner, self._meter = runner, meter
         self._launch = meter.timing("launch", runner.launch)
         self._collect = meter.timing("collect", runner.collect)
         self._in_flight: deque[Plan] = deque()
+
+    @property
+    def compilations(self) -> int:
+        return self._runner.compilations
 
     def launch(self, plan: Plan) -> Any:
         self._meter.note_launch(plan)

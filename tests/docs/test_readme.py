@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tokenllm.engine.start import CPU_BATCH, CUDA_BATCH
 from tokenllm.settings import TABLE
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,8 @@ def test_every_flag_in_the_table_exists_with_that_default() -> None:
         for flag, default in zip(flags.replace("`", "").split(", "), defaults.split(", "), strict=True)
     }
     assert given.keys() <= settings.keys()
-    in_words = {"the model's own", "measured", ""}  # for an empty text or a zero
+    rows = f"{CPU_BATCH.rows}; on a GPU {CUDA_BATCH.rows}"
+    in_words = {"the model's own", "measured", rows, ""}  # for an empty text or a zero
     for flag, default in given.items():
         assert str(settings[flag]) == default or (default in in_words and not settings[flag]), flag
 

@@ -3,6 +3,16 @@
 import pytest
 import torch
 
+from tokenllm_kernels.gpu import prefill_hopper
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What only a GPU can show is no test elsewhere."""
+    present = set()
+    if torch.cuda.is_available():
+        present = {"gpu", "hopper"} if prefill_hopper.is_available(torch.device("cuda")) else {"gpu"}
+    items[:] = [item for item in items if {mark.name for mark in item.iter_markers()} & {"gpu", "hopper"} <= present]
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:

@@ -1,6 +1,5 @@
 """The inputs of a step, against a plain loop over its words."""
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -92,7 +91,6 @@ def test_inputs_and_contexts(step: tuple[int, list[tuple[int, int]]], padding: i
 
 
 def test_a_layout_has_room_for_everything() -> None:
-    pytest.importorskip("triton")
     from tokenllm_kernels.gpu.inputs import COUNTS, StepLayout
 
     layout = StepLayout(5, 4, 7)

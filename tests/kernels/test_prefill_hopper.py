@@ -17,12 +17,7 @@ from torch import Tensor
 from tokenllm_kernels.gpu import prefill_hopper
 from tokenllm_kernels.gpu.prefill_hopper import BLOCK_M, HopperTiling, PrefillChunks, most_tiles
 
-on_hopper = pytest.mark.skipif(
-    not (torch.cuda.is_available() and prefill_hopper.is_available(torch.device("cuda"))), reason="needs a Hopper GPU"
-)
 
-
-@pytest.mark.skipif(not prefill_hopper.HAS_GLUON, reason="needs Gluon")
 @pytest.mark.parametrize(("head_dim", "dtype"), [(128, "bf16"), (64, "fp16")])
 def test_compiles_for_hopper_without_spills_and_with_products_in_flight(head_dim: int, dtype: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -80,7 +75,7 @@ def truth(q: Tensor, kv: Tensor) -> Tensor:
 lengths = st.integers(0, 700) | st.sampled_from([1, 63, 64, 65, 127, 128, 129, 256, 1024])
 
 
-@on_hopper
+@pytest.mark.hopper
 @settings(max_examples=40, deadline=None)
 @given(
     chunks=st.lists(st.tuples(lengths, lengths), min_size=1, max_size=5),

@@ -5,17 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import assume, currently_in_test_context, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenllm_kernels import LogitsRule, philox_uniform, sample
-
-gpu = pytest.importorskip("tokenllm_kernels.gpu.sampling", exc_type=ImportError, reason="no Triton here")
-triton = pytest.importorskip("triton")
-tl = triton.language
-
-pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}:triton") for kind in ("RuntimeWarning", "DeprecationWarning")]
+from tokenllm_kernels.gpu import sampling as gpu
 
 ON_GPU = torch.cuda.is_available()
 CLOSE = 1e-5  # of the mass: nearer than this to a token's end, float32 may well choose its neighbour
@@ -195,7 +192,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("scale", [0.001, 3.0])  # of a flat distribution every group is listed
-@pytest.mark.parametrize("vocab", [8193, pytest.param(151936, marks=pytest.mark.skipif(not ON_GPU, reason="slow"))])
+@pytest.mark.parametrize("vocab", [8193] + [151936] * ON_GPU)
 def test_a_vocabulary_that_is_no_multiple_of_the_block(device: torch.device, vocab: int, scale: float) -> None:
     batch, rows = Batch(device, vocab, block=2048 if vocab == 8193 else gpu.BLOCK), list(range(len(KINDS)))
     gpu.set_rules(batch.table, rows, KINDS)
@@ -312,7 +309,7 @@ def test_the_random_numbers_are_the_references(device: torch.device) -> None:
     assert out.tolist() == [philox_uniform(s, p) for s, p in zip(seeds, positions, strict=True)]
 
 
-@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.gpu
 def test_a_graph_decides_anew_at_each_replay(device: torch.device) -> None:
     vocab, rows = 8193, list(range(len(KINDS)))
     eager, replayed = Batch(device, vocab), Batch(device, vocab)
@@ -334,7 +331,7 @@ def test_a_graph_decides_anew_at_each_replay(device: torch.device) -> None:
     assert torch.equal(replayed.table.counts, eager.table.counts)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="the interpreter is slow")
+@pytest.mark.gpu  # takes more draws than the interpreter has time for
 @pytest.mark.parametrize("rule", KINDS[1:6])
 def test_the_kernels_draws_follow_the_distribution(device: torch.device, rule: LogitsRule) -> None:
     n, vocab = 16384, 100

@@ -229,15 +229,22 @@ def check_prefill(
     assert out[start:].isnan().all()
 
 
-@pytest.mark.skipif(not ON_GPU, reason="hours in the interpreter")
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("lengths", [[32768], [1] * 512, [32768] + [7] * 63, list(range(1, 1024, 8))], ids=str)
-def test_decode_attention_of_real_size(lengths: list[int], head_dim: int, device: torch.device) -> None:
-    check_decode(lengths, 32, 8, head_dim, 264, torch.bfloat16, device)
+LONG_DECODES = [[32768], [1] * 512, [32768] + [7] * 63, list(range(1, 1024, 8))]
+SHORT_DECODES = [[150], [1] * 20, [150] + [7] * 6, list(range(1, 40, 8))]
+LONG_PREFILLS = [[(0, 1500)], [(8000, 300), (0, 1), (5, 700)], [(0, 33)] * 30]
+SHORT_PREFILLS = [[(0, 100)], [(80, 30), (0, 1), (5, 70)], [(0, 3)] * 10]
 
 
-@pytest.mark.skipif(not ON_GPU, reason="hours in the interpreter")
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("sequences", [[(0, 1500)], [(8000, 300), (0, 1), (5, 700)], [(0, 33)] * 30], ids=str)
-def test_prefill_attention_of_real_size(sequences: list[tuple[int, int]], head_dim: int, device: torch.device) -> None:
-    check_prefill(sequences, 32, 8, head_dim, 3, torch.bfloat16, device)
+@pytest.mark.parametrize("lengths", LONG_DECODES if ON_GPU else SHORT_DECODES, ids=str)
+def test_decode_attention_of_uneven_batches(lengths: list[int], head_dim: int, device: torch.device) -> None:
+    programs, dtype = (264, torch.bfloat16) if ON_GPU else (8, torch.float16)
+    check_decode(lengths, *HEADS[-1][:2], head_dim, programs, dtype, device)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("sequences", LONG_PREFILLS if ON_GPU else SHORT_PREFILLS, ids=str)
+def test_prefill_attention_of_uneven_chunks(
+    sequences: list[tuple[int, int]], head_dim: int, device: torch.device
+) -> None:
+    check_prefill(sequences, *HEADS[-1][:2], head_dim, 3, torch.bfloat16 if ON_GPU else torch.float16, device)

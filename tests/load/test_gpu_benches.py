@@ -9,8 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("triton", reason="the benchmarks time Triton kernels")
-
 ROOT = Path(__file__).parents[2]
 GPU = ROOT / "load_tests" / "gpu"
 sys.path.append(str(GPU))
