@@ -42,6 +42,15 @@ def test_a_server_is_nobody_and_may_write_nothing_but_its_cache(service: dict[st
     assert "VOLUME /cache" in dockerfile(service)
 
 
+def test_models_and_compiled_kernels_outlive_the_container() -> None:
+    """Kernels that are compiled anew at every start cost minutes; the volume is theirs too."""
+    service = SERVICES["tokenllm-gpu"]
+    (volume,) = [volume.split(":")[0] for volume in service["volumes"] if volume.endswith(":/cache")]
+    assert volume in COMPOSE["volumes"]
+    environment = dict(re.findall(r"(\w+_(?:HOME|DIR))=(\S+)", dockerfile(service)))
+    assert environment == {"XDG_CACHE_HOME": "/cache", "TRITON_CACHE_DIR": "/cache/triton"}
+
+
 @pytest.mark.parametrize("service", SERVERS, ids=["cpu", "gpu"])
 def test_docker_waits_longer_than_the_server_drains(service: dict[str, Any]) -> None:
     assert int(service["stop_grace_period"].removesuffix("s")) > ServeConfig().drain_s
