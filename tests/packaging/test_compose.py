@@ -47,7 +47,7 @@ def test_models_and_compiled_kernels_outlive_the_container() -> None:
     service = SERVICES["tokenllm-gpu"]
     (volume,) = [volume.split(":")[0] for volume in service["volumes"] if volume.endswith(":/cache")]
     assert volume in COMPOSE["volumes"]
-    environment = dict(re.findall(r"(\w+_(?:HOME|DIR))=(\S+)", dockerfile(service)))
+    environment = dict(re.findall(r"\b(XDG_CACHE_HOME|TRITON_CACHE_DIR)=(\S+)", dockerfile(service)))
     assert environment == {"XDG_CACHE_HOME": "/cache", "TRITON_CACHE_DIR": "/cache/triton"}
 
 
