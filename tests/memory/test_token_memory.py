@@ -118,7 +118,9 @@ class MemoryMachine(RuleBasedStateMachine):
 
     def insert(self, request: Running) -> tuple[Node, Slots, Slots]:
         known = self.naive.cached(request.realm, request.ids)
-        entry = self.tree.insert(request.realm, np.array(request.ids, np.int32), request.slots)
+        row = request.slots.copy()
+        entry = self.tree.insert(request.realm, np.array(request.ids, np.int32), row)
+        row.fill(-1)  # a row is written over by its next tenant
         self.naive.use([request.prefix(count + 1) for count in range(len(request.ids))])
         assert (entry.slots[known:] == request.slots[known:]).all(), "what nobody had cached is the caller's"
         assert entry.surplus.tolist() == request.slots[request.shared : known].tolist()
@@ -187,7 +189,9 @@ class MemoryMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
         """Nothing of it is kept but what it had inserted."""
-        request = data.draw(st.sampled_from(self.running))
+        self.drop_one(data.draw(st.sampled_from(self.running)))
+
+    def drop_one(self, request: Running) -> None:
         self.leave(request)
         self.give_back(request.slots[request.shared :])
 
@@ -196,6 +200,13 @@ class MemoryMachine(RuleBasedStateMachine):
         slots = self.tree.evict(int(share * self.tree.evictable))
         assert {self.content[slot] for slot in slots.tolist()} == self.naive.forget(len(slots), self.held())
         self.give_back(slots)
+
+    def teardown(self) -> None:
+        while self.running:
+            self.drop_one(self.running[0])
+        assert self.memory.active == self.tree.locked == 0
+        self.memory.take(CAPACITY)
+        assert not self.tree.cached
 
     @invariant()
     def every_slot_is_held_once(self) -> None:

@@ -142,16 +142,15 @@ class PrefixTree:
 
     def unlock(self, node: Node) -> None:
         """One request less holds it; what nobody holds now was used just now."""
-        self._uses += 1
         held: Node | None = node
         while held:
             assert held.locks, "a lock is given up once"
             held.locks -= 1
             if held.locks:
-                return
+                break
             self.evictable += len(held.slots)
-            self._use(held)
             held = held.parent
+        self._use(node)
 
     def insert(self, realm: Hashable, ids: Ids, slots: Slots) -> Entry:
         """Keep the slots of these tokens, a prefix that is computed or planned; what the tree has already, it keeps."""
@@ -164,9 +163,7 @@ class PrefixTree:
         if known < len(ids):
             new = tokens[ID_BYTES * known :]
             path.append(self._grow(path[-1], new[:ID_BYTES], new, slots[known:].copy()))
-        self._uses += 1
-        for node in path:
-            self._use(node)
+        self._use(path[-1])
         kept = _slots_of(path)
         return Entry(path[-1], kept, slots[slots != kept])
 
@@ -241,7 +238,7 @@ class PrefixTree:
         parent, cut = node.parent, ID_BYTES * count
         assert parent
         upper = parent.children[node.name] = Node(parent, node.name, node.tokens[:cut], node.slots[:count])
-        upper.locks, upper.last_use = min(node.locks, 1), node.last_use
+        upper.locks = min(node.locks, 1)
         node.tokens, node.slots = node.tokens[cut:], node.slots[count:]
         node.parent, node.name = upper, node.tokens[:ID_BYTES]
         upper.children[node.name] = node
@@ -254,6 +251,8 @@ class PrefixTree:
         return node
 
     def _use(self, node: Node) -> None:
+        """What leads to it is used too, and need not be noted: it can only be forgotten after it, and then is next."""
+        self._uses += 1
         node.last_use = self._uses
         self._line_up(node)
 
