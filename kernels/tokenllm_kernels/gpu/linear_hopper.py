@@ -115,7 +115,7 @@ def stream_linear(
     gated: bool = False,
     out: Tensor | None = None,
     add_to: Tensor | None = None,
-    tiling: StreamTiling = StreamTiling(),  # noqa: B008 (frozen)
+    tiling: StreamTiling = StreamTiling(),
 ) -> Tensor:
     """x [tokens, in] · weight [out, in]ᵀ (+ bias) → [tokens, out], for at most `MOST_TOKENS` tokens.
 
@@ -157,6 +157,23 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, add_to: Tensor | None
 if HAS_GLUON:
 
     @gluon.jit
+    def _first_tile(program, programs, tiles):
+        """Of this CTA's piece, which ends where the next one's begins."""
+        return program * tiles // programs
+
+    @gluon.jit
+    def _holder(tile, programs, tiles):
+        """The CTA whose piece holds this tile."""
+        return ((tile + 1) * programs - 1) // tiles
+
+    @gluon.jit
+    def _slot(program, first_program):
+        """Where a CTA leaves its sums of a row block: it is the first one of a shared block at most once, where its
+        piece ends, and a later one at most once, where its piece begins.
+        """
+        return 2 * program + (program == first_program)
+
+    @gluon.jit
     def _expect(ready, step, wanted, parts: gl.constexpr, w_desc, x_desc):
         mbarrier.expect(
             ready.index(step % ready.shape[0]), parts * w_desc.block_type.nbytes + x_desc.block_type.nbytes, wanted
@@ -190,12 +207,24 @@ if HAS_GLUON:
         return acc
 
     @gluon.jit
+    def _multiply(gate_ring, up_ring, x_ring, ready, step, acc, up, GATED: gl.constexpr):
+        """Begin to add the products of this tile, once it is there; those of the one before have ended."""
+        stages: gl.constexpr = ready.shape[0]
+        stage = step % stages
+        mbarrier.wait(ready.index(stage), (step // stages) & 1)
+        inputs = x_ring.index(stage).permute((1, 0))
+        acc = warpgroup_mma(gate_ring.index(stage), inputs, acc, is_async=True)
+        if GATED:
+            up = warpgroup_mma(up_ring.index(stage), inputs, up, is_async=True)
+        return warpgroup_mma_wait(num_outstanding=2 if GATED else 1, deps=(acc, up))
+
+    @gluon.jit
     def _add_up(sums, arrived, acc, up, place, program, first_program, last_program, GATED: gl.constexpr):
         """Leave this CTA's sums; whoever comes last returns the sums of all, in the order of their tiles."""
         parts: gl.constexpr = 2 if GATED else 1
         size: gl.constexpr = acc.shape[0] * acc.shape[1]
-        # a CTA is the first of one shared row block at most, where it ends, and a later one of another, where it begins
-        here = sums + (2 * program + (program == first_program).to(gl.int32)) * (parts * size) + place
+        at_once: gl.constexpr = min(4, max(1, 8192 // (size * parts)))  # sums in registers
+        here = sums + _slot(program, first_program) * (parts * size) + place
         gl.store(here, acc)
         if GATED:
             gl.store(here + size, up)
@@ -204,10 +233,10 @@ if HAS_GLUON:
         if last:
             gl.thread_barrier()
             acc, up = gl.zeros_like(acc), gl.zeros_like(up)
-            for group in range(first_program, last_program + 1, 4):
-                for i in gl.static_range(4):  # on their way together
+            for group in range(first_program, last_program + 1, at_once):
+                for i in gl.static_range(at_once):  # on their way together
                     each = group + i
-                    there = sums + (2 * each + (each == first_program).to(gl.int32)) * (parts * size) + place
+                    there = sums + _slot(each, first_program) * (parts * size) + place
                     wanted = (place >= 0) & (each <= last_program)
                     acc += gl.load(there, mask=wanted, other=0.0, cache_modifier=".cg")
                     if GATED:
@@ -229,14 +258,11 @@ if HAS_GLUON:
         if EARLY:
             gdc_launch_dependents()
         program, programs = gl.program_id(0), gl.num_programs(0)
-        first = program * tiles // programs
-        mine = (program + 1) * tiles // programs - first  # at least one: there are no more CTAs than tiles
+        first = _first_tile(program, programs, tiles)
+        mine = _first_tile(program + 1, programs, tiles) - first  # at least one: there are no more CTAs than tiles
 
         gate_ring = gl.allocate_shared_memory(dtype, [STAGES, block_n, block_k], w_desc.layout)
-        if GATED:
-            up_ring = gl.allocate_shared_memory(dtype, [STAGES, block_n, block_k], w_desc.layout)
-        else:
-            up_ring = gate_ring
+        up_ring = gl.allocate_shared_memory(dtype, [STAGES, block_n, block_k], w_desc.layout) if GATED else gate_ring
         x_ring = gl.allocate_shared_memory(dtype, [STAGES, block_m, block_k], x_desc.layout)
         ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for each in gl.static_range(STAGES):
@@ -259,29 +285,23 @@ if HAS_GLUON:
             end = gl.minimum((block + 1) * k_tiles - first, mine)
             acc = _begin_sums(bias, target, n, inside, features, first <= block * k_tiles, BIAS, ADD)
             up = gl.zeros([block_n, block_m], gl.float32, layout)
-            for step in range(begin, end):
-                stage = step % STAGES
-                mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-                inputs = x_ring.index(stage).permute((1, 0))
-                acc = warpgroup_mma(gate_ring.index(stage), inputs, acc, is_async=True)
-                if GATED:
-                    up = warpgroup_mma(up_ring.index(stage), inputs, up, is_async=True)
-                # the products of the step before have ended, in all warps: its stage takes the next tile
-                acc, up = warpgroup_mma_wait(num_outstanding=parts, deps=(acc, up))
-                gl.thread_barrier()
+            refilling = gl.maximum(begin, gl.minimum(end, mine - STAGES + 1))
+            for step in range(begin, refilling):
+                acc, up = _multiply(gate_ring, up_ring, x_ring, ready, step, acc, up, GATED)
+                gl.thread_barrier()  # the step before is done with in all warps: its stage takes the next tile
                 following = step - 1 + STAGES
-                wanted = (step > 0) & (following < mine)
+                wanted = step > 0
                 _expect(ready, following, wanted, parts, w_desc, x_desc)
                 _fetch_weights(w_desc, gate_ring, up_ring, ready, first, following, k_tiles, features, wanted, GATED)
                 _fetch_inputs(x_desc, x_ring, ready, first, following, k_tiles, wanted)
-                if not EARLY:
-                    if following + 1 >= mine:  # no more weights after these
-                        gdc_launch_dependents()
+            if not EARLY and refilling < end:  # the last weights are on their way
+                gdc_launch_dependents()
+            for step in range(refilling, end):
+                acc, up = _multiply(gate_ring, up_ring, x_ring, ready, step, acc, up, GATED)
             acc, up = warpgroup_mma_wait(num_outstanding=0, deps=(acc, up))
 
-            # the CTAs whose pieces hold the row block's first tile and its last
-            first_program = ((block * k_tiles + 1) * programs - 1) // tiles
-            last_program = ((block + 1) * k_tiles * programs - 1) // tiles
+            first_program = _holder(block * k_tiles, programs, tiles)
+            last_program = _holder((block + 1) * k_tiles - 1, programs, tiles)
             last = first_program == last_program
             if first_program < last_program:
                 place = gl.arange(0, block_n, gl.SliceLayout(1, layout))[:, None] * block_m + m[None, :]
