@@ -15,9 +15,9 @@ from tokenllm.memory.prefix_tree import Look, Node, PrefixTree, Realm
 from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.memory.token_slots import Slots
 
-CAPACITY = 40
+CAPACITY = 32
 REALMS = st.sampled_from([Realm("ann", "", "", "1"), Realm("bob", "", "", "1"), Realm("ann", "salt", "", "1")])
-PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=12)  # two words, so that prefixes meet
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=7)  # two words, so that prefixes meet
 Prefix = tuple[Realm, tuple[int, ...]]  # a token, by all that it depends on
 
 
@@ -135,6 +135,18 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule(realm=REALMS, prompt=PROMPTS)
     def begin(self, realm: Realm, prompt: list[int]) -> None:
+        self.begin_one(realm, prompt)
+
+    @rule(realm=REALMS, prompt=PROMPTS, answer=PROMPTS)
+    def serve(self, realm: Realm, prompt: list[int], answer: list[int]) -> None:
+        """A whole request, without anything between."""
+        request = self.begin_one(realm, prompt)
+        self.read_some(request, len(prompt))
+        if not request.announced:
+            self.compute(request, answer)
+        self.finish_one(request)
+
+    def begin_one(self, realm: Realm, prompt: list[int]) -> Running:
         match = self.tree.match(realm, np.array(prompt, np.int32))
         self.tree.lock(match.node)
         assert len(match) == self.naive.cached(realm, prompt[:-1]) < len(prompt)
@@ -142,6 +154,7 @@ class MemoryMachine(RuleBasedStateMachine):
         ids = prompt[: len(match)]
         self.running.append(Running(self.uid, realm, prompt, match.node, match.slots, ids, shared=len(match)))
         self.tree.announce(self.uid, realm, np.array(prompt, np.int32))
+        return self.running[-1]
 
     @rule(realm=REALMS, prompt=PROMPTS)
     def look(self, realm: Realm, prompt: list[int]) -> None:
@@ -157,7 +170,9 @@ class MemoryMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(data=st.data(), count=st.integers(1, 6))
     def read(self, data: st.DataObject, count: int) -> None:
-        request = data.draw(st.sampled_from(self.running))
+        self.read_some(data.draw(st.sampled_from(self.running)), count)
+
+    def read_some(self, request: Running, count: int) -> None:
         tokens = request.prompt[len(request.ids) :][:count]
         if not tokens or not self.compute(request, tokens):
             return
@@ -174,13 +189,15 @@ class MemoryMachine(RuleBasedStateMachine):
     @rule(data=st.data(), token=st.integers(0, 1))
     def decode(self, data: st.DataObject, token: int) -> None:
         request = data.draw(st.sampled_from(self.running))
-        if len(request.ids) >= len(request.prompt):
+        if not request.announced:
             self.compute(request, [token])
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
-        request = data.draw(st.sampled_from(self.running))
+        self.finish_one(data.draw(st.sampled_from(self.running)))
+
+    def finish_one(self, request: Running) -> None:
         _, _, surplus = self.insert(request)
         self.leave(request)
         self.give_back(surplus)
@@ -294,6 +311,19 @@ def test_a_request_may_keep_its_own_slots_until_its_finish() -> None:
     memory.give_back(final.surplus)
     memory.check([])
     assert memory.available == 20
+
+
+def test_an_edge_that_is_split_is_held_by_whom_it_was() -> None:
+    tree = PrefixTree()
+    tree.insert(ANN, ids("abcd"), np.arange(4, dtype=np.int32))
+    nodes = []
+    for text in ("abcd!", "abcd?", "ab!", "a!"):
+        nodes.append(tree.match(ANN, ids(text)).node)
+        tree.lock(nodes[-1])
+        assert tree.locked == 4
+    for node, locked in zip(nodes, (4, 2, 1, 0), strict=True):
+        tree.unlock(node)
+        assert tree.locked == locked
 
 
 def test_what_was_used_last_is_forgotten_last() -> None:
