@@ -17,8 +17,7 @@ from tokenllm_kernels.reference import (
     in_half_range,
     linear,
     linear_add,
-    norm_linear,
-    norm_linear_silu_mul,
+    linear_silu_mul,
     philox_uniform,
     plan_attention,
     prepare_linear,
@@ -41,8 +40,7 @@ __all__ = [
     "kernels_for",
     "linear",
     "linear_add",
-    "norm_linear",
-    "norm_linear_silu_mul",
+    "linear_silu_mul",
     "philox_uniform",
     "plan_attention",
     "prepare_linear",
@@ -62,8 +60,7 @@ class Kernels(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
     def linear(self, x: Tensor, w: Linear, out: Tensor | None = None) -> Tensor: ...
     def linear_add(self, x: Tensor, w: Linear, residual: Tensor) -> Tensor: ...
-    def norm_linear(self, x: Tensor, gain: Tensor, eps: float, w: Linear) -> Tensor: ...
-    def norm_linear_silu_mul(self, x: Tensor, gain: Tensor, eps: float, w: Linear) -> Tensor: ...
+    def linear_silu_mul(self, x: Tensor, w: Linear) -> Tensor: ...
     def rope_and_store(
         self,
         qkv: Tensor,

@@ -12,6 +12,8 @@ Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat: TypeAlias = Literal["auto", "dummy"]
 
 INT32_MAX = 2**31 - 1
+CPU_RUNNING, CUDA_RUNNING = 64, 512  # requests in one batch where nobody says how many
+CPU_CHUNK, CUDA_CHUNK = 512, 2048  # prompt tokens in one step, likewise
 
 
 def _flag(help: str, *, ge: float | None = None, le: float | None = None, secret: bool = False) -> msgspec.Meta:
@@ -24,8 +26,10 @@ _TOTAL_TOKENS = _flag("KV memory, in tokens; 0 means measured from free memory",
 _QUEUED_REQUESTS = _flag("requests waiting for room before 429", ge=0, le=INT32_MAX)
 _QUEUED_TOKENS = _flag("prompt tokens waiting for room before 429", ge=0, le=INT32_MAX)
 _DTYPE = _flag("arithmetic; auto is bfloat16 on a GPU, float32 with float16 weights on a CPU")
-_RUNNING = _flag("requests in one batch; 0 means 64 on a CPU, 512 on a GPU", ge=0, le=4096)
-_PREFILL_CHUNK = _flag("prompt tokens computed in one step; 0 means 512 on a CPU, 2048 on a GPU", ge=0, le=INT32_MAX)
+_RUNNING = _flag(f"requests in one batch; 0 means {CPU_RUNNING} on a CPU, {CUDA_RUNNING} on a GPU", ge=0, le=4096)
+_PREFILL_CHUNK = _flag(
+    f"prompt tokens computed in one step; 0 means {CPU_CHUNK} on a CPU, {CUDA_CHUNK} on a GPU", ge=0, le=INT32_MAX
+)
 _DRAIN = _flag("seconds that running streams get to finish after SIGTERM", ge=0, le=86400)
 _RING = _flag("size of each ring, rounded up to a power of two", ge=1 << 16, le=1 << 30)
 

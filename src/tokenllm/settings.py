@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import inspect
 
-from tokenllm.config import ServeConfig, accepted_keys
+from tokenllm.config import CPU_RUNNING, CUDA_RUNNING, ServeConfig, accepted_keys
 
 ENVIRONMENT_PREFIX = "TOKENLLM_"
-MOST_RUNNING_BY_DEFAULT = 512
 RING_BYTES_PER_REQUEST = 1024  # a step of the whole batch, with 20 logprobs each, is half of that at most
 
 
@@ -124,7 +123,7 @@ def check(config: ServeConfig) -> None:
     """What no type can say: files that settings name can be read, and the door is not left open."""
     if config.chat_template and not Path(config.chat_template).is_file():
         raise SettingError(f"chat_template {config.chat_template!r}: no such file")
-    running = config.max_running_requests or MOST_RUNNING_BY_DEFAULT
+    running = config.max_running_requests or (CPU_RUNNING if config.device == "cpu" else CUDA_RUNNING)
     if config.ring_bytes < (least := RING_BYTES_PER_REQUEST * running):
         raise SettingError(f"ring_bytes must be at least {least} for max_running_requests {running}")
     _refuse_open_door(config)

@@ -129,7 +129,7 @@ def test_it_says_what_the_cpu_says(qk_norm: bool, heads: int, kv_heads: int) -> 
     decoder = tiny_decoder(qk_norm=qk_norm, heads=heads, kv_heads=kv_heads)
     expected = told(CpuRunner(decoder, SLOTS, ROWS, CONTEXT))
     step = DeviceStep(on_gpu(decoder), limits_of(ROWS, CHUNK, CONTEXT))
-    runner = CudaRunner(step, step.decoder.kv_memory(SLOTS), iter)
+    runner = CudaRunner(step, step.decoder.kv_memory(SLOTS), lambda doing: iter)
     said = told(runner)
     assert said.keys() == expected.keys()
     for uid, tokens in expected.items():
@@ -142,7 +142,7 @@ def test_a_row_of_no_numbers_is_told_apart() -> None:
     broken = decoder.embedding.clone()
     broken[7] = torch.nan
     step = DeviceStep(on_gpu(replace(decoder, embedding=broken)), limits_of(ROWS, CHUNK, CONTEXT))
-    runner = CudaRunner(step, step.decoder.kv_memory(SLOTS), iter)
+    runner = CudaRunner(step, step.decoder.kv_memory(SLOTS), lambda doing: iter)
     books = Scheduler(
         TokenSlots(SLOTS), Conservative(SLOTS), rows=ROWS, max_positions=CONTEXT, prefill_chunk_tokens=CHUNK,
         most_chunks=9, max_queued_requests=9, max_queued_tokens=99, eos_ids=frozenset(),

@@ -11,7 +11,7 @@ from zlib import crc32
 
 import numpy as np
 
-from tokenllm.config import SchedulerBirth, ServeConfig
+from tokenllm.config import CPU_RUNNING, SchedulerBirth, ServeConfig
 from tokenllm.counters import Page
 from tokenllm.messages import (
     FINISH_REASONS,
@@ -69,7 +69,7 @@ class FakeScheduler:
     def __init__(self, config: ServeConfig, generation: int) -> None:
         self.capacity = config.max_total_tokens or CAPACITY_TOKENS
         self.ready = Ready(generation, self.capacity, MODEL_LEN)
-        self._most_running = config.max_running_requests or 64
+        self._most_running = config.max_running_requests or CPU_RUNNING
         self._most_waiting = config.max_queued_requests
         self.running: dict[int, Request] = {}
         self.waiting: dict[int, Request] = {}

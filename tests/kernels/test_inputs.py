@@ -11,6 +11,11 @@ steps = st.tuples(
 ).filter(lambda step: step[0] or step[1])
 
 
+def room(chunk: tuple[int, int]) -> int:
+    """What a context takes of the workspace: here multiples of 16, in life of 128."""
+    return -(-sum(chunk) // 16) * 16
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(step=steps, padding=st.integers(0, 5))
 def test_inputs_and_contexts(step: tuple[int, list[tuple[int, int]]], padding: int, device: torch.device) -> None:
@@ -42,19 +47,19 @@ def test_inputs_and_contexts(step: tuple[int, list[tuple[int, int]]], padding: i
     prompt, contexts, column = [], [], layout.chunk_columns
     for i, (before, count) in enumerate(chunks):
         row = int(rows[decodes + i])
-        for field, value in enumerate((row, 0, count, before + count, sum(map(sum, chunks[:i])))):
+        for field, value in enumerate((row, 0, count, before + count, sum(map(room, chunks[:i])))):
             words[column + field * CHUNKS + i] = value
         for position in range(before, before + count):
             prompt.append((int(torch.randint(0, 1000, ())), row, position, next(new_slots)))
             expected_index[row, position] = prompt[-1][3]
         contexts.append((row, before + count))
     for i in range(len(chunks), CHUNKS):
-        for field, value in enumerate((0, 0, 0, 0, sum(map(sum, chunks)))):
+        for field, value in enumerate((0, 0, 0, 0, sum(map(room, chunks)))):
             words[column + field * CHUNKS + i] = value
     expected += [(token, position, slot) for token, _, position, slot in prompt] + [(0, 0, SPARE)] * padding
     if prompt:
         words[layout.prompt : layout.prompt + 4 * tokens] = torch.tensor(prompt, dtype=torch.int32).T.flatten()
-    context = sum(end for _, end in contexts)
+    context = sum(map(room, chunks))
     words[0], words[1], words[2] = decodes, tokens, context
     last_chunks = [(int(rows[decodes + i]), decodes + sum(c for _, c in chunks[: i + 1]) - 1, sum(chunk))
                    for i, chunk in enumerate(chunks) if i % 2 == 0]  # fmt: skip
@@ -79,14 +84,18 @@ def test_inputs_and_contexts(step: tuple[int, list[tuple[int, int]]], padding: i
     found = zip(samples.rows.tolist(), samples.places.tolist(), samples.positions.tolist(), strict=True)
     assert list(found) == sampling
 
-    context_slots = torch.full((context + 3,), -1, dtype=torch.int32, device=device)
+    context_slots = torch.full((context + 3,), -5, dtype=torch.int32, device=device)
     find_context_slots(words, layout, index, context_slots)
-    truth = [expected_index[row, position] for row, end in contexts for position in range(end)]
-    assert context_slots.tolist() == [int(slot) for slot in truth] + [-1] * 3
+    truth = []
+    for (row, end), chunk in zip(contexts, chunks, strict=True):
+        truth += expected_index[row, :end].tolist() + [-1] * (room(chunk) - end)
+    assert context_slots.tolist() == truth + [-5] * 3
     kv = torch.randn(SPARE + 1, 2, 2, 16, device=device)
+    kv[SPARE] = torch.nan
     workspace = torch.full((context + 3, 2, 2, 16), torch.nan, device=device)
     gather_contexts(words, context_slots, kv, workspace)
-    assert workspace[:context].equal(kv[context_slots[:context].long()])
+    slots = context_slots[:context].long()
+    assert workspace[:context].equal(kv[slots.clamp(min=0)] * (slots >= 0)[:, None, None, None])
     assert workspace[context:].isnan().all()
 
 

@@ -13,8 +13,7 @@ from tokenllm_kernels import (
     attention,
     linear,
     linear_add,
-    norm_linear,
-    norm_linear_silu_mul,
+    linear_silu_mul,
     philox_uniform,
     plan_attention,
     prepare_linear,
@@ -100,9 +99,9 @@ def test_products_of_a_layer() -> None:
     w = torch.randn(24, 64)
     wide = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * gain
     assert error_ratio(rms_norm(x, gain, 1e-5), wide) < 1e-6
-    assert error_ratio(norm_linear(x, gain, 1e-5, prepare_linear(w)), wide @ w.double().T) < 1e-5
+    assert error_ratio(linear(rms_norm(x, gain, 1e-5), prepare_linear(w)), wide @ w.double().T) < 1e-5
     gate, up = (wide @ w.double().T).chunk(2, -1)
-    gated = norm_linear_silu_mul(x, gain, 1e-5, prepare_linear(w))
+    gated = linear_silu_mul(rms_norm(x, gain, 1e-5), prepare_linear(w))
     assert error_ratio(gated, gate / (1 + (-gate).exp()) * up) < 1e-5
     truth = residual.double() + x.double() @ w.double().T
     assert error_ratio(linear_add(x, prepare_linear(w), residual), truth) < 1e-5

@@ -18,7 +18,10 @@ from torch import Tensor
 from tokenllm_kernels.gpu.decode_attention import DecodePlan
 from tokenllm_kernels.gpu.sampling import RULE_WORDS
 
-COUNTS = 8  # words: decodes, prompt tokens, tokens of all contexts in the workspace, prompts that end here
+COUNTS = 8  # words: decodes, prompt tokens, room of all contexts in the workspace, prompts that end here
+CONTEXT_ALIGNMENT = 128  # a context's room in the workspace: no tile of prefill attention reaches into its neighbour's
+
+_COUNTS = tl.constexpr(COUNTS)
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,9 @@ def _inputs_kernel(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     decodes, prompt_tokens = tl.load(words), tl.load(words + 1)
     decode = i < decodes
-    row = tl.load(words + 8 + i, mask=decode, other=0)
-    position = tl.load(words + 8 + rows + i, mask=decode, other=0)
-    slot = tl.load(words + 8 + 2 * rows + i, mask=decode, other=0)
+    row = tl.load(words + _COUNTS + i, mask=decode, other=0)
+    position = tl.load(words + _COUNTS + rows + i, mask=decode, other=0)
+    slot = tl.load(words + _COUNTS + 2 * rows + i, mask=decode, other=0)
     token = tl.load(last_token + row, mask=decode, other=0)
     tl.store(lengths + i, tl.where(decode, position + 1, 0), mask=i < sequences)
     tl.store(sequence_rows + i, row, mask=i < sequences)
@@ -141,19 +144,21 @@ def _context_slots_kernel(
     total = tl.minimum(tl.load(words + 2), capacity)
     chunk = tl.arange(0, CHUNKS)
     columns = words + chunk_columns
-    begins = tl.load(columns + 4 * CHUNKS + chunk)
-    ends = begins + tl.load(columns + 3 * CHUNKS + chunk)  # of padding: no tokens, where the last one ends
+    begins = tl.load(columns + 4 * CHUNKS + chunk)  # of padding: where the last context's room ends
     for start in tl.range(tl.program_id(0) * BLOCK, total, tl.num_programs(0) * BLOCK):
         i = start + tl.arange(0, BLOCK)
-        mine = tl.minimum(tl.sum((ends[None, :] <= i[:, None]).to(tl.int32), 1), CHUNKS - 1)
+        mine = tl.maximum(tl.sum((begins[None, :] <= i[:, None]).to(tl.int32), 1) - 1, 0)
         row = tl.load(columns + mine).to(tl.int64)
         position = i - tl.load(columns + 4 * CHUNKS + mine)
-        slot = tl.load(index + row * index_stride + position, mask=i < total, other=0)
+        there = (i < total) & (position < tl.load(columns + 3 * CHUNKS + mine))
+        slot = tl.load(index + row * index_stride + position, mask=there, other=-1)
         tl.store(context_slots + i, slot, mask=i < total)
 
 
 def find_context_slots(words: Tensor, layout: StepLayout, index: Tensor, context_slots: Tensor) -> None:
-    """The slot of every token of every chunk's context, in the order of the workspace, into `context_slots` int32."""
+    """The slot of every token of every chunk's context, in the order of the workspace, into `context_slots` int32; -1
+    for the rest of a context's room.
+    """
     _context_slots_kernel[(128,)](
         words, index, context_slots, layout.chunk_columns, len(context_slots), index.stride(0),
         BLOCK=32, CHUNKS=layout.chunks,
@@ -170,12 +175,14 @@ def _gather_kernel(
     for start in tl.range(tl.program_id(0) * BLOCK, total, tl.num_programs(0) * BLOCK, num_stages=3):
         i = start + tl.arange(0, BLOCK)
         slot = tl.load(context_slots + tl.minimum(i, total - 1)).to(tl.int64)
-        value = tl.load(kv + slot[:, None] * ROW + column, mask=inside)
+        value = tl.load(kv + slot[:, None] * ROW + column, mask=inside & (slot >= 0)[:, None], other=0.0)
         tl.store(workspace + i.to(tl.int64)[:, None] * ROW + column, value, mask=(i < total)[:, None] & inside)
 
 
 def gather_contexts(words: Tensor, context_slots: Tensor, kv: Tensor, workspace: Tensor) -> None:
-    """Copy K and V of all contexts of one layer together, into workspace [tokens, kv_heads, 2, head_dim]."""
+    """Copy K and V of all contexts of one layer together, into workspace [room, kv_heads, 2, head_dim]; zeros where no
+    token is: a weight of 0 would not hide what is not a number.
+    """
     row = kv.shape[1] * 2 * kv.shape[3]
     width = triton.next_power_of_2(row)
     _gather_kernel[(512,)](

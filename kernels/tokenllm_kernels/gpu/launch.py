@@ -1,8 +1,9 @@
 """Programmatic dependent launch: on Hopper and later a kernel may begin while the one before it still runs.
 
-A kernel that is launched with `launch_pdl=True` first reads what no kernel of the step writes, its weights above all,
-then says `after_predecessors`, and only then touches what others write. Every such kernel says it in every program,
-whatever there is to do, so "my predecessor has ended" always means that all before it have.
+A kernel that is launched with `launch_pdl=True` may first read what no kernel of the step writes (weights, and what
+belongs to the whole step, since the first kernel of the layers is launched without); then it says `after_predecessors`,
+and only then touches what others write. Every such kernel says it in every program, whatever there is to do, so "my
+predecessor has ended" always means that all before it have.
 
 When successors may begin is a matter of measurement. Short kernels say so at once; a product says so when its last
 weights are on their way, because programs that wait hold shared memory that its own need (on an H100 an 8B layer at one

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from tokenllm_kernels.gpu.device import is_hopper
 from tokenllm_kernels.gpu.launch import after_predecessors, dependent, let_successors_begin
-from tokenllm_kernels.gpu.layers import rms_norm, silu_mul
+from tokenllm_kernels.gpu.layers import silu_mul
 from tokenllm_kernels.reference import Linear
 
 MOST_TOKENS = 128  # beyond, the product is no longer bound by the weight alone, and cuBLAS is at home
@@ -188,16 +188,6 @@ def linear(x: Tensor, w: Linear, out: Tensor | None = None) -> Tensor:
         return functional.linear(x, w.weight, w.bias)
     torch.mm(x, w.weight.t(), out=out)
     return out if w.bias is None else out.add_(w.bias)
-
-
-def norm_linear(x: Tensor, gain: Tensor, eps: float, w: Linear) -> Tensor:
-    """linear(rms_norm(x))."""
-    return linear(rms_norm(x, gain, eps), w)
-
-
-def norm_linear_silu_mul(x: Tensor, gain: Tensor, eps: float, w: Linear) -> Tensor:
-    """silu(gate) · up of (gate ‖ up) = linear(rms_norm(x)): [tokens, in] → [tokens, out / 2]."""
-    return linear_silu_mul(rms_norm(x, gain, eps), w)
 
 
 def linear_silu_mul(x: Tensor, w: Linear) -> Tensor:

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from tokenllm_kernels.gpu.decode_attention import LOG2_E
 
-MOST_CHUNKS = 256  # of one step
-
 
 @dataclass(frozen=True)
 class ChunkTable:
@@ -112,7 +110,7 @@ def prefill_attention(q: Tensor, kv: Tensor, index: Tensor, chunks: ChunkTable, 
     heads, head_dim, kv_heads = q.shape[1], q.shape[2], kv.shape[1]
     group, wide = heads // kv_heads, q.itemsize == 4
     members = triton.next_power_of_2(group)
-    block_m, block_n, warps, stages = (64, 32, 4, 2) if wide else (128, 64, 8, 3)
+    block_m, block_n, warps, stages = (64, 32, 4, 2) if wide or head_dim > 128 else (128, 64, 8, 3)
     tiles = triton.cdiv(tokens * members, block_m) + min(tokens, chunks.rows.shape[0])
     _prefill_kernel[(tiles, kv_heads)](
         q, kv, out, chunks.rows, chunks.starts, chunks.counts, chunks.ends, index,

@@ -556,7 +556,7 @@ def _check_bias(bias: tuple[tuple[int, float], ...], vocab: int) -> None:
 
 
 def write_rules(words: NDArray[np.int32], rows: Sequence[int], rules: Sequence[LogitsRule], vocab: int) -> None:
-    """Into words [rules, RULE_WORDS or more]: row, seed in two words, five floats, top-k, length of the bias."""
+    """Into words [rules, RULE_WORDS or more]: row, seed in two words, five floats, top-k, and no bias."""
     words[:, 0] = rows
     words[:, 1:3] = np.array([rule.seed for rule in rules], np.uint64).view(np.int32).reshape(-1, 2)
     numbers = [
@@ -571,12 +571,13 @@ def write_rules(words: NDArray[np.int32], rows: Sequence[int], rules: Sequence[L
     ]
     words[:, 3:8] = np.array(numbers, np.float32).reshape(-1, 5).view(np.int32)
     words[:, 8] = [rule.top_k if rule.top_k < vocab else 0 for rule in rules]
-    words[:, 9] = [len(rule.logit_bias) for rule in rules]
+    words[:, 9] = 0
 
 
 def _write_bias(words: NDArray[np.int32], rules: Sequence[LogitsRule], width: int) -> None:
-    """Behind each rule its biased tokens, then their values."""
+    """How many tokens each rule biases; behind it they, then their values."""
     floats = words.view(np.float32)
+    words[:, 9] = [len(rule.logit_bias) for rule in rules]
     for i, rule in enumerate(rules):
         for j, (token, value) in enumerate(rule.logit_bias):
             words[i, RULE_WORDS + j] = token

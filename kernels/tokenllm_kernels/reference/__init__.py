@@ -12,8 +12,7 @@ from tokenllm_kernels.reference.linear import (
     in_half_range,
     linear,
     linear_add,
-    norm_linear,
-    norm_linear_silu_mul,
+    linear_silu_mul,
     prepare_linear,
 )
 from tokenllm_kernels.reference.sampling import LogitsRule, philox_uniform, sample, top_logprobs
@@ -27,8 +26,7 @@ __all__ = [
     "in_half_range",
     "linear",
     "linear_add",
-    "norm_linear",
-    "norm_linear_silu_mul",
+    "linear_silu_mul",
     "philox_uniform",
     "plan_attention",
     "prepare_linear",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokenllm_kernels.reference.layers import rms_norm, silu_mul
+from tokenllm_kernels.reference.layers import silu_mul
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,6 @@ def linear_add(x: Tensor, w: Linear, residual: Tensor) -> Tensor:
     return residual.add_(linear(x, w))
 
 
-def norm_linear(x: Tensor, gain: Tensor, eps: float, w: Linear) -> Tensor:
-    """linear(rms_norm(x))."""
-    return linear(rms_norm(x, gain, eps), w)
-
-
-def norm_linear_silu_mul(x: Tensor, gain: Tensor, eps: float, w: Linear) -> Tensor:
-    """silu(gate) · up of (gate ‖ up) = linear(rms_norm(x)): [tokens, in] → [tokens, out / 2]."""
-    return silu_mul(norm_linear(x, gain, eps, w))
+def linear_silu_mul(x: Tensor, w: Linear) -> Tensor:
+    """silu(gate) · up of (gate ‖ up) = x @ weight.T: [tokens, in] → [tokens, out / 2]."""
+    return silu_mul(linear(x, w))

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from tokenllm.engine.batch import Chunk, Logprob, Plan, Sampled
 from tokenllm.engine.device_step import DeviceStep
-from tokenllm.engine.graphs import Graphs, StepShape
-from tokenllm.models.weights import Track
+from tokenllm.engine.graphs import Graphs, Progress, StepShape
 from tokenllm_kernels import top_logprobs
 from tokenllm_kernels.gpu.device import on_compilation
-from tokenllm_kernels.gpu.inputs import COUNTS, StepLayout
+from tokenllm_kernels.gpu.inputs import CONTEXT_ALIGNMENT, COUNTS, StepLayout
 from tokenllm_kernels.gpu.prefill_hopper import BLOCK_M
 from tokenllm_kernels.gpu.sampling import RULE_WORDS, set_rules, write_rules
 
 Words = NDArray[np.int32]
+
+LOGPROB_ROWS = 32
 
 
 class Staging:
@@ -67,7 +68,7 @@ class AskedLogprobs:
     """Of the places of a flight whose rows asked: on their way to the host."""
 
     wanted: dict[int, int]  # place → alternatives
-    found: tuple[Tensor, Tensor, Tensor]
+    found: list[tuple[Tensor, ...]]  # of the chosen, of the likeliest, their ids; a few rows each
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,13 @@ class CudaRunner:
 
     ahead = 1
 
-    def __init__(self, step: DeviceStep, kv: Sequence[Tensor], track: Track[int]) -> None:
+    def __init__(self, step: DeviceStep, kv: Sequence[Tensor], progress: Progress) -> None:
         self.compilations = 0  # kernels that a request had to wait for
         self._step, self._layout = step, step.layout
-        self._stagings = [Staging(step.layout, step.words) for _ in range(self.ahead + 2)]
+        self._stagings = [Staging(step.layout, step.words) for _ in range(self.ahead + 1)]
         self._logprobs: dict[int, int] = {}  # row → alternatives, of rows that asked
         with torch.inference_mode():
-            self._graphs = Graphs(step, kv, track)
+            self._graphs = Graphs(step, kv, progress)
 
     @property
     def most_chunks(self) -> int:
@@ -147,13 +148,14 @@ class CudaRunner:
         return len(last)
 
     def _write_chunks(self, words: Words, chunks: Sequence[Chunk], place: int) -> int:
-        """Returns the tokens of all contexts together."""
+        """Returns the room that all contexts take together."""
         layout, most, used = self._layout, self._layout.chunks, len(chunks)
         columns = words[layout.chunk_columns : layout.chunk_columns + 5 * most].reshape(5, -1)
         rows, counts, ends = np.array([(chunk.row, chunk.tokens, chunk.end) for chunk in chunks], np.int32).T
-        upto, contexts = np.cumsum(counts), np.cumsum(ends)
+        upto, room = np.cumsum(counts), -(-ends // CONTEXT_ALIGNMENT) * CONTEXT_ALIGNMENT
+        contexts = np.cumsum(room)
         columns[:4, used:], columns[4, used:] = 0, contexts[-1]
-        columns[:, :used] = rows, place + upto - counts, counts, ends, contexts - ends
+        columns[:, :used] = rows, place + upto - counts, counts, ends, contexts - room
         tiles = words[layout.chunk_columns + 5 * most :][: most + 1]
         tiles[0] = 0
         tiles[1 : used + 1] = np.cumsum(-(-counts // BLOCK_M))
@@ -183,12 +185,15 @@ class CudaRunner:
         wanted = {place: self._logprobs[row] for place, row in rows if row in self._logprobs}
         if not wanted:
             return None
-        device = self._step.words.device
+        device, most = self._step.words.device, max(wanted.values())
         places = _pinned(torch.tensor(list(wanted), dtype=torch.int32), device).to(device, non_blocking=True)
+        parts = [self._logprobs_at(part, most) for part in places.split(LOGPROB_ROWS)]
+        return AskedLogprobs(wanted, parts)
+
+    def _logprobs_at(self, places: Tensor, alternatives: int) -> tuple[Tensor, ...]:
+        """Of so few rows at a time that the memory it takes is no matter."""
         logits, tokens = self._step.logits.index_select(0, places), self._step.tokens.index_select(0, places)
-        found = top_logprobs(logits, tokens.long(), max(wanted.values()))
-        chosen, top, ids = (t.to("cpu", non_blocking=True) for t in found)
-        return AskedLogprobs(wanted, (chosen, top, ids))
+        return tuple(t.to("cpu", non_blocking=True) for t in top_logprobs(logits, tokens.long(), alternatives))
 
     def collect(self, flight: CudaFlight) -> Sampled:
         flight.staging.wait()
@@ -197,7 +202,7 @@ class CudaRunner:
 
 
 def _logprobs(asked: AskedLogprobs) -> dict[int, Logprob]:
-    chosen, top, ids = (tensor.tolist() for tensor in asked.found)
+    chosen, top, ids = (torch.cat(parts).tolist() for parts in zip(*asked.found, strict=True))
     return {
         place: Logprob(chosen[i], tuple(zip(ids[i][:count], top[i][:count], strict=True)))
         for i, (place, count) in enumerate(asked.wanted.items())

@@ -1,16 +1,13 @@
 """From a decoder on a GPU to a warm runner: buffers, KV memory of what they leave, and all graphs."""
 
-from collections.abc import Callable
-
-import numpy as np
 import torch
+from triton.runtime.errors import OutOfResources
 
-from tokenllm.engine.batch import Chunk, Decodes, Plan
 from tokenllm.engine.cuda_runner import CudaRunner
 from tokenllm.engine.device_step import DeviceStep, Limits
-from tokenllm.engine.graphs import LEAST_CHUNKS, TOKENS_PER_CHUNK
+from tokenllm.engine.graphs import LEAST_CHUNKS, TOKENS_PER_CHUNK, Progress
+from tokenllm.engine.runner import warm_up
 from tokenllm.models.decoder import Decoder
-from tokenllm.models.weights import Track
 from tokenllm_kernels import LogitsRule
 
 MOST_CHUNKS = 128
@@ -19,7 +16,7 @@ FREE_SHARE = 0.01  # of the card, left alone: the driver fails in strange ways w
 
 
 def start_cuda(
-    decoder: Decoder, rows: int, prompt_tokens: int, context: int, wanted: int, progress: Callable[[str], Track[int]]
+    decoder: Decoder, rows: int, prompt_tokens: int, context: int, wanted: int, progress: Progress
 ) -> tuple[CudaRunner, int]:
     """A runner for `rows` requests and `prompt_tokens` of prompts in a step, and the tokens of its KV memory: `wanted`,
     or as many as fit. A MemoryError says what there is no room for.
@@ -31,10 +28,14 @@ def start_cuda(
         limits = limits_of(rows, prompt_tokens, min(context, kv_tokens))
         with torch.inference_mode():
             step, kv = DeviceStep(decoder, limits), decoder.kv_memory(kv_tokens)
-        runner = CudaRunner(step, kv, progress("capturing CUDA graphs"))
+        runner = CudaRunner(step, kv, progress)
     except torch.OutOfMemoryError as error:
-        raise MemoryError(f"the GPU's memory is too small: {str(error).splitlines()[0]}") from error
-    _warm_up(runner, limits)
+        raise MemoryError(f"the GPU's memory is too small: {error}") from error
+    except OutOfResources as error:
+        raise ValueError(f"this GPU is too small for the model's kernels: {error}") from error
+    tokens = min(limits.positions, limits.prompt_tokens, 64)
+    warm_up(runner, tokens, LogitsRule(seed=0), logprobs=20)
+    warm_up(runner, tokens, LogitsRule(seed=0, logit_bias=((0, 0.0),)))
     runner.count_compilations()
     return runner, kv_tokens
 
@@ -69,14 +70,3 @@ def _measure(decoder: Decoder, limits: Limits, wanted: int) -> int:
             f"{asked} takes {max(wanted, 1) * decoder.kv_bytes_per_token} bytes, {max(left, 0)} are left on the GPU"
         )
     return wanted or min(fitting, limits.rows * limits.positions)
-
-
-def _warm_up(runner: CudaRunner, limits: Limits) -> None:
-    """A prompt, a step after it and its logprobs, so that what no graph holds is compiled, too."""
-    tokens = min(limits.positions, limits.prompt_tokens, 64)
-    slots, row = np.arange(tokens, dtype=np.int32), np.zeros(1, np.int32)
-    ids = np.zeros(tokens - 1, np.int32)
-    for rule, logprobs in ((LogitsRule(seed=0), 20), (LogitsRule(seed=0, logit_bias=((0, 0.0),)), None)):
-        prompt = Plan(Decodes.none(), (Chunk(0, 0, slots[:-1], ids, True, rule, logprobs),))
-        for plan in (prompt, Plan(Decodes(row, row + len(ids), slots[-1:]))) if tokens > 1 else ():
-            runner.collect(runner.launch(plan))

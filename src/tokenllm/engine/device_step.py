@@ -15,6 +15,7 @@ from torch import Tensor
 from tokenllm.models.decoder import Decoder
 from tokenllm_kernels.gpu.decode_attention import DecodePlan, DecodeTiling, decode_attention, plan_decode
 from tokenllm_kernels.gpu.inputs import (
+    CONTEXT_ALIGNMENT,
     SampleInputs,
     StepInputs,
     StepLayout,
@@ -50,9 +51,9 @@ class Limits:
         return self.rows + self.prompt_tokens
 
     @property
-    def context_tokens(self) -> int:
-        """Of all chunks together, as long as they come in order: one prompt goes on, the others begin."""
-        return self.positions + self.prompt_tokens
+    def context_room(self) -> int:
+        """What the contexts of all chunks take, as long as they come in order: one prompt goes on, the others begin."""
+        return self.positions + self.prompt_tokens + CONTEXT_ALIGNMENT * self.chunks
 
 
 class DeviceStep:
@@ -74,9 +75,9 @@ class DeviceStep:
         tiling = DecodeTiling.of(decoder.dtype, decoder.head_dim, device)
         self._decodes = DecodePlan.empty(limits.rows, decoder.heads, decoder.kv_heads, decoder.head_dim, tiling, device)
         if self.gathers:
-            shape = (limits.context_tokens, decoder.kv_heads, 2, decoder.head_dim)
+            shape = (limits.context_room, decoder.kv_heads, 2, decoder.head_dim)
             self._contexts = torch.zeros(shape, dtype=decoder.dtype, device=device)
-            self._context_slots = torch.zeros(limits.context_tokens, dtype=torch.int32, device=device)
+            self._context_slots = torch.zeros(limits.context_room, dtype=torch.int32, device=device)
 
     @cached_property
     def gathers(self) -> bool:

@@ -8,14 +8,14 @@ is remembered here.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenllm.engine.batch import Chunk, Logprob, Plan, Sampled
+from tokenllm.engine.batch import Chunk, Decodes, Logprob, Plan, Sampled
 from tokenllm.models.decoder import Decoder
 from tokenllm_kernels import LogitsRule, attention, plan_attention, sample, top_logprobs
 
@@ -143,3 +143,13 @@ def _logprobs(flight: Flight) -> dict[int, Logprob]:
         place: Logprob(chosen, tuple(zip(ids[:count], values[:count], strict=True)))
         for (place, count), chosen, values, ids in zip(wanted.items(), *(t.tolist() for t in found), strict=True)
     }
+
+
+def warm_up(runner: Runner[Any], tokens: int, rule: LogitsRule, logprobs: int | None = None) -> None:
+    """One prompt and one step after it, so that the first request finds everything prepared."""
+    slots, row = np.arange(tokens, dtype=np.int32), np.zeros(1, np.int32)
+    ids = np.zeros(tokens - 1, np.int32)
+    prompt = Plan(Decodes.none(), (Chunk(0, 0, slots[:-1], ids, True, rule, logprobs),))
+    decode = Plan(Decodes(row, row + len(ids), slots[-1:]))
+    for plan in (prompt, decode) if tokens > 1 else ():
+        runner.collect(runner.launch(plan))

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 
 from tokenllm.checkpoint.description import ModelDescription, describe
-from tokenllm.config import ServeConfig
-from tokenllm.engine.batch import Chunk, Decodes, Plan
-from tokenllm.engine.runner import CpuRunner, Runner
+from tokenllm.config import CPU_CHUNK, CPU_RUNNING, CUDA_CHUNK, CUDA_RUNNING, ServeConfig
+from tokenllm.engine.runner import CpuRunner, Runner, warm_up
 from tokenllm.host_memory import available_bytes
 from tokenllm.models.decoder import Decoder
 from tokenllm.models.weights import Precision, Track, load_decoder, open_weights
@@ -40,7 +38,7 @@ def device_faults() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return str(error).partition("\n")[0]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class BatchSize:
     prompt_tokens: int
 
 
-CPU_BATCH, CUDA_BATCH = BatchSize(64, 512), BatchSize(512, 2048)  # where the configuration says nothing
+CPU_BATCH, CUDA_BATCH = BatchSize(CPU_RUNNING, CPU_CHUNK), BatchSize(CUDA_RUNNING, CUDA_CHUNK)
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def _start_cpu(decoder: Decoder, batch: BatchSize, context: int, wanted: int) ->
     kv_tokens = _kv_tokens(decoder, wanted, batch.rows * context)
     context = min(context, kv_tokens)
     runner = CpuRunner(decoder, kv_tokens, batch.rows, context)
-    warm_up(runner, min(context, batch.prompt_tokens))
+    warm_up(runner, min(context, batch.prompt_tokens), LogitsRule(seed=0, temperature=0.0))
     return runner, kv_tokens
 
 
@@ -142,13 +140,3 @@ def _kv_tokens(decoder: Decoder, wanted: int, useful: int) -> int:
     if measured < 1:
         raise MemoryError(f"no memory for KV: one token takes {per_token} bytes, {available} are available")
     return wanted or min(measured, useful)
-
-
-def warm_up(runner: Runner[Any], tokens: int) -> None:
-    """One prefill and one decode step, so that the first request finds every kernel prepared."""
-    slots, row = np.arange(tokens, dtype=np.int32), np.zeros(1, np.int32)
-    ids, rule = np.zeros(tokens - 1, np.int32), LogitsRule(seed=0, temperature=0.0)
-    prefill = Plan(Decodes.none(), (Chunk(0, 0, slots[:-1], ids, True, rule, None),))
-    decode = Plan(Decodes(row, row + len(ids), slots[-1:]))
-    for plan in (prefill, decode) if tokens > 1 else ():
-        runner.collect(runner.launch(plan))

@@ -70,10 +70,10 @@ class Decoder:
         rope = self.rope.index_select(0, positions)
         residual = ops.embed(ids, self.embedding, self.dtype)
         for layer, memory in zip(self.layers, kv, strict=True):
-            qkv = ops.norm_linear(residual, layer.input_norm, self.eps, layer.qkv)
+            qkv = ops.linear(ops.rms_norm(residual, layer.input_norm, self.eps), layer.qkv)
             q = ops.rope_and_store(qkv, rope, memory, slots, self.heads, layer.qk_norm)
             residual = ops.linear_add(attend(q, memory), layer.o, residual)
-            fed = ops.norm_linear_silu_mul(residual, layer.post_norm, self.eps, layer.gate_up)
+            fed = ops.linear_silu_mul(ops.rms_norm(residual, layer.post_norm, self.eps), layer.gate_up)
             residual = ops.linear_add(fed, layer.down, residual)
         return ops.rms_norm(residual, self.norm, self.eps)
 

@@ -169,7 +169,10 @@ class _Builder:
     device: torch.device
 
     def tensor(self, name: str, *shape: int) -> Tensor:
-        return self.source.get(name, shape).to(self.device, self.precision.activations)
+        read = self.source.get(name, shape)
+        if self.precision.activations == torch.float16 and read.dtype != torch.float16:
+            in_half_range(read)
+        return read.to(self.device, self.precision.activations)
 
     def linear(self, names: list[str], rows: list[int], columns: int, *, bias: bool = False) -> Linear:
         """Several projections of the same input as one."""

@@ -46,9 +46,10 @@ class Loop(Generic[Flight]):
         self._publish()
         if planned:
             self._launch(planned)
+        busy = bool(planned or self._flights)  # what ends in this turn may make room for somebody in the next
         if len(self._flights) > self._runner.ahead or (self._flights and not planned):
             self._collect()
-        return bool(planned or self._flights)
+        return busy
 
     def _receive(self) -> None:
         try:

@@ -1,0 +1,66 @@
+"""The loop never sleeps while there is something to do, however far steps run ahead."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tokenllm.engine.batch import Plan, Sampled
+from tokenllm.memory.token_slots import TokenSlots
+from tokenllm.messages import Message, Sampling, Step, Submit
+from tokenllm.routing.policy import Conservative
+from tokenllm.scheduler.loop import Loop
+from tokenllm.scheduler.scheduler import Scheduler
+
+
+class FakeRunner:
+    most_chunks = 8
+    compilations = 0
+
+    def __init__(self, ahead: int) -> None:
+        self.ahead = ahead
+
+    def launch(self, plan: Plan) -> Plan:
+        return plan
+
+    def collect(self, flight: Plan) -> Sampled:
+        return Sampled(np.full(len(flight.sampling_rows), 5, np.int32))
+
+
+class FakeRing:
+    """Gives its messages at once, keeps what it is sent."""
+
+    def __init__(self, messages: list[Message]) -> None:
+        self.messages, self.sent = messages, []
+
+    def receive(self) -> list[Message]:
+        messages, self.messages = self.messages, []
+        return messages
+
+    def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+
+class FakePage:
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("capacity", [6, 12, 100])
+def test_nobody_waits_when_it_sleeps(ahead: int, capacity: int) -> None:
+    prompt = np.arange(4, dtype="<i4").tobytes()
+    ring = FakeRing([Submit(uid, prompt, 3, Sampling(seed=0), ignore_eos=True) for uid in range(5)])
+    books = Scheduler(
+        TokenSlots(capacity), Conservative(capacity), rows=4, max_positions=6, prefill_chunk_tokens=8, most_chunks=8,
+        max_queued_requests=9, max_queued_tokens=99, eos_ids=frozenset(),
+    )  # fmt: skip
+    loop = Loop(books, FakeRunner(ahead), [ring], ring, FakePage(), None)  # type: ignore[arg-type]
+    turns = 0
+    while loop.turn():
+        turns += 1
+        assert turns < 99
+    assert not books.waiting
+    assert not books.rows.running
+    told = [token for message in ring.sent if isinstance(message, Step) for token in message.counts]
+    assert sum(told) == 15
