@@ -32,6 +32,7 @@ class Loop(Generic[Flight]):
         self._scheduler, self._runner = scheduler, runner
         self._inboxes, self._outbox, self._page, self._ready = inboxes, outbox, page, ready
         self._flights: deque[tuple[Flight, Planned, float]] = deque()
+        self._compilations = 0  # of the runner, that have been counted
 
     def serve(self) -> None:
         send_when_room(self._outbox, self._ready)
@@ -79,12 +80,16 @@ class Loop(Generic[Flight]):
         step = self._scheduler.settle(planned, self._runner.collect(flight))
         now = time.monotonic()
         self._page.add("tokenllm_steps_total")
-        self._page.set("tokenllm_kernel_compilations_total", self._runner.compilations)
+        self._count_compilations()
         self._page.add("tokenllm_generation_tokens_total", len(step.ids) // BYTES_PER_ID)
         self._page.observe("tokenllm_step_seconds", now - began)
         self._page.set("tokenllm_last_step_monotonic_seconds", now)
         if step.uids:
             send_when_room(self._outbox, step)
+
+    def _count_compilations(self) -> None:
+        counted, self._compilations = self._compilations, self._runner.compilations
+        self._page.add("tokenllm_kernel_compilations_total", self._compilations - counted)
 
     def _publish(self) -> None:
         scheduler, page = self._scheduler, self._page
