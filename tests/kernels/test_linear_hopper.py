@@ -122,25 +122,24 @@ def truth(x: Tensor, weight: Tensor, bias: Tensor | None, add_to: Tensor | None,
     return out if add_to is None else out + add_to.double()
 
 
-tilings = st.builds(
-    StreamTiling,
-    block_n=st.sampled_from([64, 128]),
-    block_k=st.sampled_from([64, 128, 256]),
-    ring_bytes=st.sampled_from([1, 64 * 1024, 160 * 1024]),
-    ctas=st.sampled_from([0, 1, 3, 50]),
-    early=st.booleans(),
-)
+TILINGS = [  # a ring of one byte still has two stages
+    StreamTiling(),
+    StreamTiling(ring_bytes=1, early=False),
+    StreamTiling(block_k=64, ctas=3),
+    StreamTiling(block_n=128, ctas=50),
+    StreamTiling(block_k=256, ring_bytes=96 * 1024, ctas=1, early=False),
+]
 
 
 @pytest.mark.hopper
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     tokens=st.integers(1, 64),
     features=st.integers(1, 1000) | st.sampled_from([64, 1024]),
     depth=st.integers(1, 300).map(lambda eighth: 8 * eighth) | st.sampled_from([1024, 4096]),
     kind=st.sampled_from(["", "bias", "gated", "add", "bias add"]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),
-    tiling=tilings,
+    tiling=st.sampled_from(TILINGS),
     seed=st.integers(0, 2**31),
 )
 def test_equals_its_definition_however_it_is_cut_and_again_right_after(
@@ -148,8 +147,6 @@ def test_equals_its_definition_however_it_is_cut_and_again_right_after(
 ) -> None:
     torch.manual_seed(seed)
     gated, rows = kind == "gated", features * 2 if kind == "gated" else features
-    if tiling.ring_bytes == 1 and (1 + gated) * tiling.block_n * tiling.block_k * 4 > 128 * 1024:
-        tiling = StreamTiling()  # two stages have no room
     x = (torch.randn(tokens, depth, device="cuda") / math.sqrt(depth)).to(dtype)
     weight = torch.randn(rows, depth, device="cuda").to(dtype)
     bias = torch.randn(rows, device="cuda").to(dtype) if "bias" in kind else None
