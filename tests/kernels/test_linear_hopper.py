@@ -1,7 +1,7 @@
 """The Gluon product for few tokens: without a GPU it compiles for Hopper as it is meant to and is cut without a gap; on
 a GPU it equals its definition.
 
-Gluon has no interpreter, so what a CPU can tell is what ptxas says; `python test_linear_hopper.py add 8` prints it.
+What `test_linear_hopper_played.py` does not play is what ptxas says: `python test_linear_hopper.py add 8` prints it.
 """
 
 import math
@@ -34,6 +34,7 @@ def test_compiles_for_hopper_without_spills_and_fetches_weights_before_it_waits(
     before, after = told[: told.index(WAIT)], told[told.index(WAIT) :]
     assert before.count(FETCH) == (2 if "gated" in kind else 1), "the weights alone are fetched before the wait"
     assert after.count(FETCH) == 1 + before.count(FETCH) + 1
+    assert told.count("launch_dependents") == 1
     assert (told.index("launch_dependents") < told.index(FETCH)) == ("late" not in kind)
 
 
