@@ -1,4 +1,4 @@
-"""The command line: `tokenllm serve`. Its flags are the fields of ServeConfig, read from the table in config.py."""
+"""The command line. The flags of `tokenllm serve` are the fields of ServeConfig, read from the table in config.py."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from msgspec import inspect
 import tokenllm
 from tokenllm import settings
 from tokenllm.settings import SettingError
+from tokenllm.simulate import command as simulation
 from tokenllm.supervisor.serve import serve
 
 
@@ -27,6 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=tokenllm.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="serve a model to OpenAI clients", allow_abbrev=False))
+    simulator = commands.add_parser("simulate", help="run the router on a trace, without a GPU", allow_abbrev=False)
+    simulator.set_defaults(command=simulation.simulate)
+    simulation.add_flags(simulator)
     return parser
 
 

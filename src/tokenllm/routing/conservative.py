@@ -1,0 +1,16 @@
+"""The worst case: everybody may generate `max_tokens`."""
+
+from tokenllm.routing.columns import Columns
+from tokenllm.routing.first_come import FirstCome
+
+
+class WorstCase(FirstCome):
+    """Admits while  Σ (prompt + max_tokens - 1) ≤ room.
+
+    Nobody is ever paused; memory reserved and unused is the price.
+    """
+
+    def admits(self, running: Columns, candidates: Columns, room: float) -> int:
+        reserved = (running.prompt + running.max_tokens - 1 - running.shared).sum()
+        after = reserved + (candidates.prompt + candidates.max_tokens - 1 - candidates.shared).cumsum()
+        return int((after <= room).sum())

@@ -1,0 +1,81 @@
+"""In which order the queue is served: who can be answered in time and soonest first, and nobody waits without end."""
+
+import numpy as np
+
+from tokenllm.routing.columns import Columns, Floats, Ints
+from tokenllm.routing.first_come import FirstCome
+from tokenllm.routing.pace import Pace
+
+IN_TIME_S = 8.0  # a first token after this has come late for whoever sits before the screen
+PATIENCE = 1.5  # nobody waits longer than this many times what it takes to work off the whole queue
+WINDOW_S = 60.0
+BAND = 1e9  # wider than any age or turn: bands of one key do not mix
+
+
+class ShortestService(FirstCome):
+    """By priority; then who was paused; then who waits too long; then who can be in time; then the others.
+
+    Who can be in time goes by service, shortest first, the others by age. Service is predicted:
+    unread·read + length·(decode + held·(tokens + length/2))  seconds of the machine (pace.py). Too long is
+
+        max(IN_TIME_S, PATIENCE · service of all who wait / service admitted per second lately)
+
+    because first come, first served would let its newest request wait for that quotient. Between tenants the service
+    is kept equal: a turn is what the tenant has had, and all of its own that go before.
+    """
+
+    def __init__(self, pace: Pace, capacity: int) -> None:
+        self._pace, self._capacity = pace, capacity
+        self._served: Floats = np.zeros(1)  # service of each tenant so far
+        self._rate, self._rate_at_s = 0.0, 0.0
+
+    def expected(self, waiting: Columns) -> Floats:
+        """The tokens each will still generate."""
+        raise NotImplementedError
+
+    def service(self, waiting: Columns) -> Floats:
+        return self._pace.service_s(waiting.unread, waiting.whole, self.expected(waiting), self._capacity)
+
+    def order(self, now: float, running: Columns, waiting: Columns, most: int) -> Ints:
+        service, waited = self.service(waiting), now - waiting.arrival
+        patience = max(IN_TIME_S, PATIENCE * float(service.sum()) / max(self._rate, 1e-9))
+        key = np.where(waited > IN_TIME_S, BAND - waited, self._turns(waiting.tenant, service))
+        key[waited > patience] -= 3 * BAND
+        key[waiting.generated > 0] -= 6 * BAND  # its stream stands still
+        key -= waiting.priority * (20 * BAND)
+        if len(key) <= most:
+            return np.argsort(key, kind="stable")
+        first = np.argpartition(key, most)[:most]
+        return first[np.argsort(key[first], kind="stable")]
+
+    def _turns(self, tenants: Ints, service: Floats) -> Floats:
+        most = int(tenants.max())
+        self._meet(most)
+        if not most:
+            return service
+        places = np.argsort(service)
+        places = places[np.argsort(tenants[places].astype(np.int16), kind="stable")]
+        so_far, sorted_tenants = service[places].cumsum(), tenants[places]
+        starts = np.concatenate(([True], sorted_tenants[1:] != sorted_tenants[:-1])).nonzero()[0]
+        before = np.concatenate(([0.0], so_far))[starts]
+        turns = np.empty_like(service)
+        turns[places] = so_far - np.repeat(before, np.diff(np.append(starts, len(places))))
+        turns += self._served[tenants]
+        return turns
+
+    def _meet(self, tenant: int) -> None:
+        """A tenant that is new starts beside the one that has had least, not with a claim on the past."""
+        if tenant >= len(self._served):
+            least = self._served[1:].min() if len(self._served) > 1 else self._served[0]
+            self._served = np.append(self._served, np.full(tenant + 1 - len(self._served), least))
+
+    def admitted(self, now: float, requests: Columns) -> None:
+        service = self.service(requests)
+        self._meet(int(requests.tenant.max()))
+        np.add.at(self._served, requests.tenant, service)
+        fades = np.exp((self._rate_at_s - now) / WINDOW_S)
+        self._rate = float(self._rate * fades + service.sum() / WINDOW_S)
+        self._rate_at_s = now
+
+    def reading_order(self, unread: Ints) -> Ints:
+        return np.argsort(unread, kind="stable")

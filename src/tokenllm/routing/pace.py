@@ -1,0 +1,36 @@
+"""How long a step takes, in a line: what the router needs to keep running streams at their pace."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokenllm.routing.columns import Columns, Floats, Ints
+
+
+@dataclass(frozen=True)
+class Pace:
+    """A step takes  step + per_held·(tokens held by the decoding) + per_decode·(decodes) + per_read·(tokens read)."""
+
+    step_s: float
+    per_held_s: float
+    per_decode_s: float
+    per_read_s: float
+    target_s: float  # what a step with prefill in it may take; the inter-token latency of those who run
+    least_chunk: int = 256
+    most_chunk: int = 8192
+
+    def chunk(self, running: Columns) -> int:
+        """The prompt tokens that fit into the next step beside the running streams."""
+        decodes = running.decodes
+        streams_s = self.step_s + self.per_held_s * float(running.held[decodes].sum())
+        streams_s += self.per_decode_s * int(np.count_nonzero(decodes))
+        fits = int((self.target_s - streams_s) / self.per_read_s)
+        return max(self.least_chunk, min(self.most_chunk, fits))
+
+    def service_s(self, unread: Ints, tokens: Ints, length: Floats, capacity: int) -> Floats:
+        """What a request takes of the machine to its end: reading, and decoding with its share of a full memory.
+
+        Holding a token for a step costs its bytes and its part of what a step costs anyway: per_held + step / capacity.
+        """
+        held_s = self.per_held_s + self.step_s / capacity
+        return unread * self.per_read_s + length * (self.per_decode_s + held_s * (tokens + 0.5 * length))

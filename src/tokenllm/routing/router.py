@@ -1,0 +1,94 @@
+"""The Efficient Router: at every step, who is admitted, who computes how many tokens, who is paused.
+
+Owns no request and no clock: the scheduler and the simulator hand it columns and carry out what it decides. A policy
+says who may join and in which order; the router sees to the memory and the time of the next step. Relies on numpy only.
+"""
+
+import numpy as np
+
+from tokenllm.routing.columns import Columns, Decision, Ints
+from tokenllm.routing.first_come import Policy
+from tokenllm.routing.pace import Pace
+
+CANDIDATES = 32  # judged at once; a step seldom has tokens to read for more
+UNBOUNDED = 1 << 60
+NOBODY: Ints = np.zeros(0, np.int64)
+
+
+class Router:
+    """Decides one step at a time."""
+
+    def __init__(self, policy: Policy, pace: Pace | None, most_running: int) -> None:
+        self.policy = policy
+        self._pace = pace  # None: a prompt is read in one step, however long
+        self._most_running = most_running
+
+    def decide(self, now: float, running: Columns, waiting: Columns, free_tokens: int) -> Decision:
+        """`free_tokens`: slots that nobody who runs holds, those of the prefix cache included."""
+        streams = int(np.count_nonzero(running.decodes))
+        if pause := self._pause(running, streams, free_tokens):
+            return self._without(running, pause)
+        budget = min(self._pace.chunk(running) if self._pace else UNBOUNDED, free_tokens - streams)
+        admit = self._admit(now, running, waiting, free_tokens, budget)
+        pinned = int(waiting.held[admit].sum()) if len(admit) else 0  # prefix hits that were free until now
+        tokens = self._tokens(running, waiting.unread[admit], min(budget, free_tokens - streams - pinned))
+        if len(running) > 1 and not tokens.any():  # all are in the middle of a prompt, and there is no room to go on
+            return self._without(running, self.policy.victims(running)[:1].tolist())
+        return Decision(admit, NOBODY, tokens)
+
+    @staticmethod
+    def needs_no_decision(streams: int, free_tokens: int) -> bool:
+        """With nothing to read, the batch goes on as it is until somebody comes or goes, or memory ends."""
+        return free_tokens >= streams
+
+    def finished(self, kind: int, length: int) -> None:
+        self.policy.learn(kind, length)
+
+    def _pause(self, running: Columns, streams: int, free_tokens: int) -> list[int]:
+        """As few as let the others take their next token."""
+        pause = []
+        if streams > free_tokens:
+            for victim in self.policy.victims(running)[: len(running) - 1].tolist():
+                pause.append(victim)
+                free_tokens += int(running.held[victim])
+                streams -= int(running.decodes[victim])
+                if streams <= free_tokens:
+                    break
+        return pause
+
+    def _without(self, running: Columns, pause: list[int]) -> Decision:
+        places, tokens = np.array(pause, np.int64), running.decodes.astype(np.int64)
+        tokens[places] = 0
+        self.policy.paused(running.take(places))
+        return Decision(NOBODY, places, tokens)
+
+    def _admit(self, now: float, running: Columns, waiting: Columns, free_tokens: int, budget: int) -> Ints:
+        """Candidates in their order, while this step has tokens to read left for them and the policy agrees."""
+        left = budget - int(running.unread[~running.decodes].sum())
+        most = min(CANDIDATES, self._most_running - len(running))
+        if left <= 0 or most <= 0 or not len(waiting):
+            return NOBODY
+        places = self.policy.order(now, running, waiting, most)
+        unread = waiting.unread[places]
+        fits = waiting.whole[places].cumsum() <= free_tokens  # whatever a policy hopes
+        candidates = waiting.take(places[(unread.cumsum() - unread < left) & fits])
+        if not len(candidates):
+            return NOBODY
+        count = self.policy.admits(running, candidates, free_tokens + int(running.held.sum()))
+        if not count and not len(running):
+            count = 1  # whoever fits alone runs, whatever a policy fears
+        if count:
+            self.policy.admitted(now, waiting.take(places[:count]))
+        return places[:count]
+
+    def _tokens(self, running: Columns, admitted: Ints, budget: int) -> Ints:
+        """One for each stream; to those who read what the step can read, in the policy's order."""
+        everybody = np.concatenate((running.unread, admitted))
+        tokens = np.zeros(len(everybody), np.int64)
+        tokens[: len(running)] = running.decodes
+        reading = (tokens == 0).nonzero()[0]
+        if len(reading) and budget > 0:
+            reading = reading[self.policy.reading_order(everybody[reading])]
+            unread = everybody[reading]
+            tokens[reading] = np.clip(budget - (unread.cumsum() - unread), 0, unread)
+        return tokens

@@ -1,0 +1,280 @@
+"""The simulated server: arrivals, the router's decisions, steps, and the books of who got which token when.
+
+Runs the router that the scheduler runs. A decision is asked for only when something can change; in between the clock
+jumps over many steps at once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from tokenllm.routing.columns import Columns, Floats, Ints
+from tokenllm.routing.router import Router
+from tokenllm.simulate.prefixes import Prefixes
+from tokenllm.simulate.workload import BLOCK_TOKENS, Workload
+
+
+class Clock(Protocol):
+    """What a step takes: a machine's seconds, or one for each step."""
+
+    def decode_s(self, decodes: int, held: int) -> float: ...
+    def decode_steps_s(self, decodes: int, held: int, steps: int) -> Floats: ...
+    def prefill_s(self, tokens: np.ndarray, before: np.ndarray) -> float: ...
+
+
+@dataclass
+class Books:
+    """What happened, by request and over time."""
+
+    first_token_s: Floats  # after arrival; nan: refused
+    last_token_s: Floats
+    longest_gap_s: Floats
+    pauses: Ints
+    recomputed: Ints
+    steps: int = 0
+    most_tokens: int = 0
+    seconds: float = 0.0
+    decisions: int = 0
+    timeline: list[tuple[float, float, int, int, int]] = field(
+        default_factory=list
+    )  # from, for, used, running, waiting
+
+
+class Server:
+    """One run. Tokens in use are those of running requests; what the prefix cache keeps beside them counts as free."""
+
+    def __init__(
+        self, workload: Workload, router: Router, clock: Clock, capacity: int, kind_of: Callable[[int, int], int]
+    ) -> None:
+        count = len(workload)
+        self._work, self._router, self._clock, self.capacity = workload, router, clock, capacity
+        self._prefixes = Prefixes(workload.blocks, workload.prompt, BLOCK_TOKENS) if workload.blocks else None
+        self._kind_of = kind_of
+        self._kinds = np.zeros(count, np.int64)
+        self._generated = np.zeros(count, np.int64)
+        self._unread = workload.prompt.copy()
+        self._private = np.zeros(count, np.int64)  # tokens held outside the prefix cache
+        self._running: Ints = np.zeros(0, np.int64)
+        self._waiting: Ints = np.zeros(0, np.int64)
+        self._hit = np.zeros(
+            (count, 2), np.int64
+        )  # of each prompt: tokens in the cache, and locked, when last looked up
+        self._reads = np.ones(count, bool)  # since its admission it has not got a token
+        self._changed = True  # since the last decision somebody came, went, or got a first token
+        self._arrived = self._looked = 0
+        self._now = 0.0
+        nan = np.full(count, np.nan)
+        self.books = Books(nan, nan.copy(), np.zeros(count), np.zeros(count, np.int64), np.zeros(count, np.int64))
+        self._previous = np.full(count, np.nan)  # when each got its newest token
+
+    def run(self) -> Books:
+        self._refuse()
+        while True:
+            self._receive()
+            if not len(self._running) and not len(self._waiting):
+                if self._arrived == len(self._work):
+                    break
+                self._now = max(self._now, float(self._work.arrival[self._arrived]))
+                continue
+            self._decide_and_step()
+            self._jump()
+        self.books.seconds = self._now
+        return self.books
+
+    @property
+    def _used(self) -> int:
+        return int(self._private[self._running].sum()) + (self._prefixes.locked_tokens if self._prefixes else 0)
+
+    def _refuse(self) -> None:
+        """Who cannot fit alone never waits."""
+        self._refused = self._work.prompt + self._work.max_tokens - 1 > self.capacity
+
+    def _receive(self) -> None:
+        until = int(np.searchsorted(self._work.arrival, self._now, "right"))
+        if until > self._arrived:
+            new = np.arange(self._arrived, until)
+            new = new[~self._refused[new]]
+            self._look_up(new)
+            for request in new.tolist():
+                self._kinds[request] = self._kind_of(
+                    int(self._work.group[request]), int(self._work.max_tokens[request])
+                )
+            self._waiting = np.concatenate((self._waiting, new))
+            self._arrived, self._changed = until, True
+
+    def _look_up(self, who: Ints) -> None:
+        if self._prefixes:
+            for request in who.tolist():
+                self._hit[request] = self._prefixes.hit(request)[1:]
+
+    def _columns(self, who: Ints, shared: Ints, unread: Ints) -> Columns:
+        work = self._work
+        return Columns(
+            uid=who,
+            prompt=work.prompt[who],
+            generated=self._generated[who],
+            max_tokens=work.max_tokens[who],
+            unread=unread,
+            shared=shared,
+            arrival=work.arrival[who],
+            kind=self._kinds[who],
+            tenant=work.tenant[who],
+            priority=work.priority[who],
+        )
+
+    def _running_columns(self) -> Columns:
+        who = self._running
+        unread = self._unread[who]
+        if not self._prefixes:
+            return self._columns(who, np.zeros(len(who), np.int64), unread)
+        held = self._work.prompt[who] + self._generated[who] - unread
+        return self._columns(who, held - self._private[who] - self._prefixes.sole[who], unread)
+
+    def _waiting_columns(self) -> Columns:
+        who = self._waiting
+        unread = self._work.prompt[who] + self._generated[who]
+        if not self._prefixes:
+            return self._columns(who, np.zeros(len(who), np.int64), unread)
+        self._looked = (self._looked + 8) % max(1, len(who))
+        self._look_up(who[self._looked : self._looked + 8])
+        hit, locked = self._hit[who].T
+        return self._columns(who, locked, np.maximum(1, unread - hit))
+
+    def _decide_and_step(self) -> None:
+        running, waiting = self._running_columns(), self._waiting_columns()
+        decision = self._router.decide(self._now, running, waiting, self.capacity - self._used)
+        self.books.decisions += 1
+        self._changed = bool(len(decision.pause) or len(decision.admit))
+        tokens = decision.tokens
+        if len(decision.pause):
+            self._pause(decision.pause)
+            tokens = np.delete(tokens, decision.pause)
+        if len(decision.admit):
+            first = len(self._running)
+            tokens[first:] = self._admit(decision.admit, tokens[first:], int(tokens[:first].sum()))
+        self._step(tokens)
+
+    def _pause(self, places: Ints) -> None:
+        for request in self._running[places].tolist():
+            self.books.pauses[request] += 1
+            self._leave(request)
+        self._waiting = np.concatenate((self._running[places], self._waiting))
+        self._running = np.delete(self._running, places)
+
+    def _leave(self, request: int) -> None:
+        if self._prefixes:
+            self._prefixes.release(request, self._now)
+        self._private[request] = 0
+
+    def _admit(self, places: Ints, tokens: Ints, streams: int) -> Ints:
+        """Returns what they can compute: `streams` tokens are for those who run already."""
+        who = self._waiting[places]
+        for request in who.tolist():
+            self._unread[request] = self._work.prompt[request] + self._generated[request]
+            if self._prefixes:
+                hit = self._prefixes.lock_hit(request, self.capacity - self._used - streams)
+                # the last token of a prompt is computed whatever is cached: its logits are wanted
+                self._unread[request] = max(1, int(self._unread[request]) - hit)
+            if self.books.pauses[request]:
+                self.books.recomputed[request] += self._unread[request]
+        self._reads[who] = True
+        self._running = np.concatenate((self._running, who))
+        self._waiting = np.delete(self._waiting, places)
+        left = self.capacity - self._used - streams
+        tokens = np.minimum(tokens, self._unread[who])  # what was looked up may have been evicted since
+        return np.clip(left - (tokens.cumsum() - tokens), 0, tokens)
+
+    def _step(self, tokens: Ints) -> None:
+        who, unread = self._running, self._unread[self._running]
+        held = self._work.prompt[who] + self._generated[who] - unread
+        decodes = (unread == 1) & (tokens == 1)
+        reads = (tokens > 0) & ~decodes
+        seconds = self._clock.decode_s(int(np.count_nonzero(decodes)), int(held[decodes].sum()))
+        if reads.any():
+            seconds += self._clock.prefill_s(tokens[reads], held[reads])
+        self._private[who] += tokens
+        self._unread[who] = unread - tokens
+        self._make_room()
+        self._note(seconds, 1)
+        self._now += seconds
+        self._sample(who[self._unread[who] == 0])
+
+    def _make_room(self) -> None:
+        used = self._used
+        self.books.most_tokens = max(self.books.most_tokens, used)
+        if used > self.capacity:
+            raise AssertionError(f"{used} tokens in a memory of {self.capacity}: the router overcommitted a step")
+        if self._prefixes:
+            self._prefixes.evict(used + self._prefixes.kept_tokens - self.capacity)
+
+    def _note(self, seconds: float, steps: int) -> None:
+        self.books.steps += steps
+        self.books.timeline.append((self._now, seconds, self._used, len(self._running), len(self._waiting)))
+
+    def _sample(self, who: Ints) -> None:
+        """These got a token just now."""
+        if not len(who):
+            return
+        fresh = who[self._reads[who]]
+        if len(fresh):
+            self._publish(fresh)
+        gaps = self._now - self._previous[who]
+        self.books.longest_gap_s[who] = np.fmax(self.books.longest_gap_s[who], gaps)
+        self._previous[who] = self._now
+        self._generated[who] += 1
+        self._unread[who] = 1
+        self._finish(who[self._generated[who] == self._work.length[who]])
+
+    def _publish(self, who: Ints) -> None:
+        """Their prompts have been read: from now on everybody may share them."""
+        self._reads[who], self._changed = False, True
+        first = who[np.isnan(self.books.first_token_s[who])]
+        self.books.first_token_s[first] = self._now - self._work.arrival[first]
+        if self._prefixes:
+            for request in who.tolist():
+                total = int(self._work.prompt[request] + self._generated[request])
+                self._private[request] = max(0, total - self._prefixes.insert(request))
+
+    def _finish(self, who: Ints) -> None:
+        if not len(who):
+            return
+        self._changed = True
+        for request in who.tolist():
+            self._leave(request)
+            self._router.finished(int(self._kinds[request]), int(self._work.length[request]))
+        self.books.last_token_s[who] = self._now - self._work.arrival[who]
+        self._running = self._running[~np.isin(self._running, who)]
+
+    def _jump(self) -> None:
+        """Steps in which everybody who runs decodes and nobody comes or goes, until one of them has its last token."""
+        who = self._running
+        if (
+            not len(who)
+            or self._changed
+            or self._reads[who].any()
+            or (self._router.policy.retries and len(self._waiting))
+        ):
+            return
+        free = self.capacity - self._used
+        if not self._router.needs_no_decision(len(who), free):
+            return
+        steps = min(int((self._work.length[who] - self._generated[who]).min()), free // len(who))
+        held = int((self._work.prompt[who] + self._generated[who] - 1).sum())
+        seconds = self._clock.decode_steps_s(len(who), held, steps)
+        ends = self._now + seconds.cumsum()
+        if self._arrived < len(self._work):
+            steps = min(steps, 1 + int(np.searchsorted(ends, self._work.arrival[self._arrived])))
+        self._advance(who, steps, float(seconds[:steps].max()), float(ends[steps - 1] - self._now))
+
+    def _advance(self, who: Ints, steps: int, gap: float, seconds: float) -> None:
+        waited = self._now - self._previous[who]  # who was held before has its gap end with the first of these steps
+        self.books.longest_gap_s[who] = np.fmax(self.books.longest_gap_s[who], waited + gap)
+        self._generated[who] += steps
+        self._private[who] += steps
+        self._make_room()
+        self._note(seconds, steps)
+        self._now += seconds
+        self._previous[who] = self._now
+        self._finish(who[self._generated[who] == self._work.length[who]])

@@ -1,0 +1,198 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenllm.routing.columns import Columns
+from tokenllm.routing.conservative import WorstCase
+from tokenllm.routing.lengths import Lengths, bins
+from tokenllm.routing.lightllm import LightLLM
+from tokenllm.routing.pace import Pace
+from tokenllm.routing.past_future import PastFuture
+from tokenllm.routing.peaks import peak
+from tokenllm.routing.router import Router
+from tokenllm.routing.tokenllm import AHEAD, TokenLLM
+
+PACE = Pace(step_s=0.005, per_held_s=4e-8, per_decode_s=0, per_read_s=2.4e-5, target_s=0.1)
+
+
+def columns(rows: list[tuple[int, int, int]], running: bool = False, **others: list[int]) -> Columns:
+    """Of (prompt, generated, max_tokens)."""
+    prompt, generated, most = np.array(rows, np.int64).reshape(-1, 3).T
+    zeros = np.zeros(len(prompt), np.int64)
+    given = {name: np.array(values) for name, values in others.items()}
+    values = {
+        "uid": np.arange(len(prompt)),
+        "prompt": prompt,
+        "generated": generated,
+        "max_tokens": most,
+        "unread": zeros + 1 if running else prompt + generated,
+        "shared": zeros,
+        "arrival": zeros.astype(float),
+        "kind": zeros,
+        "tenant": zeros,
+        "priority": zeros,
+    }
+    return Columns(**(values | given))
+
+
+NOBODY = columns([])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "highest"),
+    [
+        ([(5, 4), (4, 3), (5, 3), (3, 2), (4, 2)], 31),
+        ([(450, 150), (250, 150), (250, 100)], 1250),
+        ([(250, 1000), (250, 950), (450, 850)], 3500),
+    ],
+)
+def test_published_examples_of_the_peak(pairs: list[tuple[int, int]], highest: int) -> None:
+    tokens, steps = np.array(pairs).T
+    assert peak(tokens, steps) == highest
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40)), min_size=1, max_size=12))
+def test_the_peak_is_the_highest_of_all_steps(pairs: list[tuple[int, int]]) -> None:
+    tokens, steps = np.array(pairs).T
+    by_step = [int((tokens + step)[steps >= step].sum()) for step in range(41)]
+    assert peak(tokens, steps) == max(by_step)
+
+
+requests = st.lists(st.tuples(st.integers(1, 200), st.just(0), st.integers(1, 200)), min_size=1, max_size=20)
+
+
+@given(requests, requests, st.integers(0, 4000))
+def test_the_worst_case_of_whom_conservative_admits_fits(
+    running: list[tuple[int, int, int]], waiting: list[tuple[int, int, int]], room: int
+) -> None:
+    now, candidates = columns(running, running=True), columns(waiting)
+    count = WorstCase().admits(now, candidates, room)
+    worst = [prompt + most - 1 for prompt, _, most in running + waiting]
+    alive = len(running) + count
+    assert count == 0 or sum(worst[:alive]) <= room
+    assert count == len(waiting) or sum(worst[: alive + 1]) > room
+
+
+def test_lightllm_counts_on_max_tokens_when_busy_and_on_its_average_else() -> None:
+    policy, waiting = LightLLM(), columns([(100, 0, 6000)] * 15)
+    for _ in range(200):
+        policy.learn(0, 300)
+    assert policy.average == pytest.approx(300, rel=0.01)
+    assert policy.admits(NOBODY, waiting, 4500) == 10  # each 101 tokens and about 300 + 2 + 16 steps
+    busy = columns([(4400, 10, 20)], running=True)
+    assert policy.admits(busy, waiting, 5000) == 0
+
+
+def test_past_future_draws_from_the_past_of_those_who_got_as_far() -> None:
+    policy = PastFuture(seed=3)
+    policy.admits(NOBODY, columns([(1, 0, 1000)]), 1e9)
+    for length in range(100, 400):
+        policy.learn(0, length)
+    draws = policy._draw(columns([(10, 250, 1000)], running=True), 4000)
+    assert 1 <= draws.min() < 10
+    assert np.median(draws) == pytest.approx(75, abs=8)
+
+
+def test_survival_is_learned_and_forgets_nobody_who_still_runs() -> None:
+    lengths = Lengths()
+    kind = lengths.kind(-1, 1000)
+    for length in np.random.default_rng(2).permutation(np.tile(np.arange(1, 1001), 5)):
+        lengths.learn(kind, int(length))
+    lengths.refresh(np.array([kind]), np.array([0]))
+    at = lengths.table[kind, bins(np.array([0, 250, 500, 750]))]
+    assert at == pytest.approx([1, 0.75, 0.5, 0.25], abs=0.03)
+    assert lengths.mean[kind] == pytest.approx(500, rel=0.03)
+    cold = Lengths()
+    kind = cold.kind(-1, 1000)
+    for _ in range(5):
+        cold.learn(kind, 50)
+    cold.refresh(np.full(95, kind), np.full(95, 200))
+    assert cold.table[kind, bins(np.array(190))] > 0.9, "five of a hundred were short; the others are beyond that"
+
+
+def test_an_application_of_its_own_is_told_apart_and_a_new_one_leans_on_its_class() -> None:
+    lengths = Lengths()
+    short = [lengths.kind(7, 1000) for _ in range(40)][-1]
+    everybody = lengths.kind(-1, 1000)
+    for _ in range(300):
+        lengths.learn(short, 20)
+        lengths.learn(everybody, 900)
+    lengths.refresh(np.zeros(0, int), np.zeros(0, int))
+    assert lengths.mean[short] < 60 < lengths.mean[everybody]
+    assert lengths.kind(8, 1000) == everybody
+
+
+def test_lengths_survive_a_restart(tmp_path) -> None:
+    lengths = Lengths()
+    kind = [lengths.kind(3, 500) for _ in range(20)][-1]
+    for length in range(1, 200):
+        lengths.learn(kind, length)
+    lengths.save(tmp_path / "lengths.json")
+    again = Lengths.load(tmp_path / "lengths.json")
+    for each in (lengths, again):
+        each.refresh(np.zeros(0, int), np.zeros(0, int))
+    assert again.kind(3, 500) == kind
+    assert again.mean == pytest.approx(lengths.mean, rel=0.01)
+
+
+def test_what_lies_ahead_agrees_with_drawing_it() -> None:
+    lengths, random = Lengths(), np.random.default_rng(1)
+    kind = lengths.kind(-1, 400)
+    for length in random.integers(100, 400, 3000):
+        lengths.learn(kind, int(length))
+    rows = [(50, 20, 400), (80, 150, 400), (10, 300, 400)]
+    running = columns(rows, running=True, kind=[kind] * 3)
+    lengths.refresh(running.kind[:0], running.generated[:0])
+    mean, variance = TokenLLM(lengths, PACE, 1000).ahead(running)
+    drawn = [random.integers(max(100, generated + 1), 400, 20000) - generated for _, generated, _ in rows]
+    place = 11
+    step = int(AHEAD[place])
+    held = np.array([(d > step) * (p + g + step) for d, (p, g, _) in zip(drawn, rows, strict=True)])
+    assert mean[:, place].sum() == pytest.approx(held.sum(0).mean(), rel=0.05)
+    assert np.sqrt(variance[:, place].sum()) == pytest.approx(held.sum(0).std(), rel=0.15)
+
+
+def policy_of(capacity: int) -> TokenLLM:
+    lengths = Lengths()
+    lengths.kind(-1, 256)
+    return TokenLLM(lengths, PACE, capacity)
+
+
+def test_the_short_go_first_but_nobody_is_left_behind() -> None:
+    policy = policy_of(10_000)
+    waiting = columns([(2000, 0, 100), (20, 0, 100), (200, 0, 100)])
+    assert policy.order(1.0, NOBODY, waiting, 3).tolist() == [1, 2, 0]
+    policy.admitted(1.0, waiting)
+    old = columns([(20, 0, 100), (2000, 0, 100)], arrival=[999, 0])
+    assert policy.order(1000.0, NOBODY, old, 2).tolist() == [1, 0]
+
+
+def test_priority_goes_first_and_tenants_take_turns() -> None:
+    policy = policy_of(10_000)
+    waiting = columns([(10, 0, 50), (1000, 0, 50)], priority=[0, 1])
+    assert policy.order(0.0, NOBODY, waiting, 2).tolist() == [1, 0]
+    many = columns([(100, 0, 50)] * 6 + [(120, 0, 50)] * 2, tenant=[1] * 6 + [2] * 2)
+    assert set(policy.order(0.0, NOBODY, many, 2).tolist()) & {6, 7}
+
+
+@given(requests, requests, st.integers(0, 3000))
+def test_a_step_never_takes_more_than_is_free(
+    running: list[tuple[int, int, int]], waiting: list[tuple[int, int, int]], free: int
+) -> None:
+    for policy in (WorstCase(), LightLLM(), PastFuture(), policy_of(5000)):
+        now, queue = columns(running, running=True), columns(waiting)
+        decision = Router(policy, PACE, 256).decide(0.0, now, queue, free)
+        given_back = int(now.held[decision.pause].sum())
+        assert decision.tokens.sum() <= free + given_back or len(decision.pause) == len(running) - 1
+        assert len(decision.tokens) == len(running) + len(decision.admit)
+        assert len(set(decision.admit.tolist())) == len(decision.admit)
+        assert not (len(decision.pause) and len(decision.admit))
+
+
+def test_prompts_are_read_in_chunks_that_leave_the_streams_their_pace() -> None:
+    now = columns([(1000, 5, 100)] * 20, running=True)
+    decision = Router(WorstCase(), PACE, 256).decide(0.0, now, columns([(50_000, 0, 10)]), 100_000)
+    read = int(decision.tokens[-1])
+    step_s = PACE.step_s + PACE.per_held_s * int(now.held.sum()) + PACE.per_read_s * read
+    assert step_s == pytest.approx(PACE.target_s, rel=0.01)
