@@ -25,7 +25,7 @@ from rich.table import Table
 
 from tokenllm.counters import Page, create_page
 from tokenllm.engine.batch import Plan, Sampled
-from tokenllm.memory.token_slots import TokenSlots
+from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import Inbound, Midway, Ready, Sampling, Submit
 from tokenllm.ring import Receiver, RingFds, Sender, close_ring, create_ring
 from tokenllm.routing.policy import Conservative
@@ -54,6 +54,7 @@ class FakeRunner:
 
     ahead = 1
     most_chunks = CHUNK_TOKENS
+    most_context_tokens = 1 << 20
     compilations = 0
 
     def __init__(self) -> None:
@@ -131,12 +132,13 @@ def submit(uid: int, prompt_tokens: int, max_tokens: int) -> Submit:
 def make_scheduler(running: int) -> Scheduler:
     capacity = (running + 4) * CONTEXT
     return Scheduler(
-        TokenSlots(capacity),
+        TokenMemory(capacity),
         Conservative(capacity),
         rows=running + 4,
         max_positions=CONTEXT,
         prefill_chunk_tokens=CHUNK_TOKENS,
         most_chunks=CHUNK_TOKENS,
+        most_context_tokens=1 << 20,
         max_queued_requests=running + 4,
         max_queued_tokens=capacity,
         eos_ids=frozenset({EOS}),

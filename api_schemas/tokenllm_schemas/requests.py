@@ -65,6 +65,7 @@ TopK: TypeAlias = Annotated[int, Field(ge=-1, le=INT32_MAX, description="-1 and 
 Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
 TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=INT32_MAX)]
 Seed: TypeAlias = Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)]
+CacheSalt: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 Choices: TypeAlias = Annotated[int, Field(ge=1, le=MAX_CHOICES_EACH)]
 Logprobs: TypeAlias = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=INT32_MAX)]
@@ -130,6 +131,7 @@ class Generation(RequestBody):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
+    cache_salt: CacheSalt | None = None  # only requests with the same share what was computed of their prompts
 
     logit_bias: Annotated[Any, only({})] = None
     repetition_penalty: Annotated[Any, only(1, 1.0)] = None

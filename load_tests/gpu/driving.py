@@ -26,7 +26,7 @@ from tokenllm.engine.batch import Plan, Sampled
 from tokenllm.engine.cuda_runner import Staging
 from tokenllm.engine.runner import Runner
 from tokenllm.engine.start import Engine, start_engine
-from tokenllm.memory.token_slots import TokenSlots
+from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import Inbound, Midway, Ready, Sampling, Step, Submit
 from tokenllm.models.weights import Track
 from tokenllm.ring import Receiver, Sender
@@ -178,6 +178,7 @@ class MeteredRunner:
 
     def __init__(self, meter: Meter, runner: Runner[Any]) -> None:
         self.ahead, self.most_chunks = runner.ahead, runner.most_chunks
+        self.most_context_tokens = runner.most_context_tokens
         self._runner, self._meter = runner, meter
         self._launch = meter.timing("launch", runner.launch)
         self._collect = meter.timing("collect", runner.collect)
@@ -225,12 +226,13 @@ class Drive:
         engine = started.engine
         self.meter, self.ends = Meter(), LocalEnds()
         scheduler = Scheduler(
-            TokenSlots(engine.kv_tokens),
+            TokenMemory(engine.kv_tokens),
             Conservative(engine.kv_tokens),
             rows=engine.batch.rows,
             max_positions=engine.max_model_len,
             prefill_chunk_tokens=engine.batch.prompt_tokens,
             most_chunks=engine.runner.most_chunks,
+            most_context_tokens=engine.runner.most_context_tokens,
             max_queued_requests=1 << 20,
             max_queued_tokens=1 << 30,
             eos_ids=engine.eos_ids,

@@ -43,6 +43,8 @@ class Submit(Message, frozen=True):
     stop: tuple[str, ...] = ()  # stop strings: the detokenizer's business, carried along in `Begin`
     ignore_eos: bool = False
     arrived_s: float = 0.0  # time.monotonic() in the gateway
+    tenant: str = ""  # whose request it is: tenants never share what was computed
+    cache_salt: str = ""  # a tenant's own word for who may share
     adapter: str | None = None  # refused for now
     media: bytes | None = None  # refused for now
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokenllm.checkpoint.description import describe
 from tokenllm.engine.runner import CpuRunner, Runner
-from tokenllm.memory.token_slots import TokenSlots
+from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import Sampling, Submit, TokenLogprob
 from tokenllm.models.decoder import Decoder
 from tokenllm.models.weights import Precision, load_decoder, open_weights
@@ -29,7 +29,7 @@ class Driver:
     def __init__(self, runner: Runner[Any], margin: float, tolerance: float) -> None:
         self.runner = runner
         self.margin, self.tolerance = margin, tolerance  # of the precision: what is a near-tie, how far logprobs may be
-        self.slots = TokenSlots(SLOTS)
+        self.memory = TokenMemory(SLOTS)
 
     def run(self, submits: Sequence[tuple[int, Submit]], chunk: int = 200) -> list[list[TokenLogprob]]:
         books = self._books(chunk)
@@ -48,12 +48,13 @@ class Driver:
 
     def _books(self, chunk: int) -> Scheduler:
         return Scheduler(
-            self.slots,
+            self.memory,
             Conservative(SLOTS),
             rows=ROWS,
             max_positions=CONTEXT,
             prefill_chunk_tokens=chunk,
             most_chunks=self.runner.most_chunks,
+            most_context_tokens=self.runner.most_context_tokens,
             max_queued_requests=0,
             max_queued_tokens=0,
             eos_ids=frozenset(),

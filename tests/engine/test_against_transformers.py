@@ -57,7 +57,7 @@ def mine(submit: Callable[..., Any]) -> dict[str, Any]:
 def in_a_crowd(driver: Any, mine: dict[str, Any], submit: Callable[..., Any]) -> dict[str, list[Any]]:
     """What each said while all others and sixteen strangers came and went in the same batch."""
     told = driver.run([(i % 5, one) for i, one in enumerate(mine.values())] + crowd(submit))
-    assert driver.slots.held == 0
+    assert driver.memory.active == 0
     return dict(zip(mine, told, strict=False))
 
 

@@ -14,7 +14,7 @@ from tokenllm.engine.cuda_runner import CudaRunner
 from tokenllm.engine.cuda_start import limits_of
 from tokenllm.engine.device_step import DeviceStep
 from tokenllm.engine.runner import CpuRunner
-from tokenllm.memory.token_slots import TokenSlots
+from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import Sampling, Step, Submit
 from tokenllm.models.decoder import Decoder, Layer
 from tokenllm.routing.policy import Conservative
@@ -84,6 +84,8 @@ def submits() -> list[tuple[int, Submit]]:
     found = []
     for uid in range(7):
         prompt = random.integers(0, VOCAB, int(random.integers(1, 40)), dtype=np.int32)
+        if uid > 4:  # as much as they share with the first is computed once
+            prompt = np.concatenate((np.frombuffer(found[0][1].prompt, np.int32), prompt[: uid - 4]))
         rule = Sampling(
             seed=uid,
             temperature=0.9 * (uid % 3 == 1),
@@ -98,10 +100,11 @@ def submits() -> list[tuple[int, Submit]]:
 
 def told(runner: CpuRunner | CudaRunner) -> dict[int, list[Any]]:
     """What each request was told, the books kept and steps run ahead as the server does."""
-    slots = TokenSlots(SLOTS)
+    memory = TokenMemory(SLOTS)
     books = Scheduler(
-        slots, Conservative(SLOTS), rows=ROWS, max_positions=CONTEXT, prefill_chunk_tokens=CHUNK,
-        most_chunks=runner.most_chunks, max_queued_requests=99, max_queued_tokens=999, eos_ids=frozenset(),
+        memory, Conservative(SLOTS), rows=ROWS, max_positions=CONTEXT, prefill_chunk_tokens=CHUNK,
+        most_chunks=runner.most_chunks, most_context_tokens=runner.most_context_tokens,
+        max_queued_requests=99, max_queued_tokens=999, eos_ids=frozenset(),
     )  # fmt: skip
     flights: deque[Any] = deque()
     said: dict[int, list[Any]] = {}
@@ -115,7 +118,7 @@ def told(runner: CpuRunner | CudaRunner) -> dict[int, list[Any]]:
         if len(flights) > runner.ahead or (flights and not planned):
             planned, flight = flights.popleft()
             enter(books.settle(planned, runner.collect(flight)), said)
-    assert slots.held == 0
+    assert memory.active == 0
     return said
 
 
@@ -144,10 +147,11 @@ def test_a_row_of_no_numbers_is_told_apart() -> None:
     step = DeviceStep(on_gpu(replace(decoder, embedding=broken)), limits_of(ROWS, CHUNK, CONTEXT))
     runner = CudaRunner(step, step.decoder.kv_memory(SLOTS), lambda doing: iter)
     books = Scheduler(
-        TokenSlots(SLOTS), Conservative(SLOTS), rows=ROWS, max_positions=CONTEXT, prefill_chunk_tokens=CHUNK,
-        most_chunks=9, max_queued_requests=9, max_queued_tokens=99, eos_ids=frozenset(),
+        TokenMemory(SLOTS), Conservative(SLOTS), rows=ROWS, max_positions=CONTEXT, prefill_chunk_tokens=CHUNK,
+        most_chunks=9, most_context_tokens=runner.most_context_tokens,
+        max_queued_requests=9, max_queued_tokens=99, eos_ids=frozenset(),
     )  # fmt: skip
-    for uid, ids in enumerate(([1, 7, 2], [1, 3, 2])):
+    for uid, ids in enumerate(([1, 7, 2], [4, 3, 2])):
         books.accept(Submit(uid, np.array(ids, np.int32).tobytes(), 3, Sampling(seed=0, temperature=0.0)))
     planned = books.plan()
     assert planned

@@ -78,7 +78,7 @@ def test_a_seeded_prompt_says_the_same_in_any_batch() -> None:
         circuit.ready = Ready(1, 1000, 100)
         model = SimpleNamespace(sampling=SamplingDefaults())
         gateway = Gateway(model=model, circuit=circuit, pages=(), max_queued_requests=0)  # type: ignore[arg-type]
-        return [submit.sampling.seed for submit in gateway.submits(body(**fields), prompts, 0.0)]
+        return [submit.sampling.seed for submit in gateway.submits(body(**fields), prompts, 0.0, "")]
 
     assert seeds([[1], [2]], n=3, seed=7) == [7, 8, 9] * 2
     unseeded = seeds([[1], [1]], n=2)

@@ -134,7 +134,22 @@ def test_a_client_that_leaves_frees_its_tokens_and_nobody_notices(house: House, 
         assert [other.result() for other in others] == alone
     eventually("all tokens are free", lambda: house.metrics()["tokenllm_kv_tokens_active"] == 0, 1)
     metrics = house.metrics()
-    assert metrics["tokenllm_kv_tokens_free"] == metrics["tokenllm_kv_tokens_capacity"] == 20000
+    free, cached = metrics["tokenllm_kv_tokens_free"], metrics["tokenllm_kv_tokens_cached"]
+    assert free + cached == metrics["tokenllm_kv_tokens_capacity"] == 20000
+
+
+def test_equal_prompts_that_arrive_together_are_computed_once(house: House, client: openai.OpenAI) -> None:
+    """P tokens for the first and one for each of its twins: the rest they share, and say so."""
+    text, computed = "Sixteen ask the same at once. " * 20, "tokenllm_prompt_tokens_computed_total"
+    before = house.metrics()[computed]
+    with ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(lambda _: greedy(client, text, 8), range(16)))
+    prompt = answers[0].usage.prompt_tokens
+    assert prompt > 100
+    assert house.metrics()[computed] - before <= prompt + 16
+    cached = sorted(answer.usage.prompt_tokens_details.cached_tokens for answer in answers)
+    assert cached[1:] == [prompt - 1] * 15
+    assert len({answer.choices[0].message.content for answer in answers}) == 1
 
 
 def test_seeds_and_choices(house: House, client: openai.OpenAI) -> None:

@@ -94,6 +94,7 @@ class Multiprocessor:
     x: Tensor
     may_touch: bool = False  # what other kernels write
     products: list[Any] = field(default_factory=list)  # under way
+    barriers: list[Barrier] = field(default_factory=list)
     float32, int32, int64 = torch.float32, torch.int32, torch.int64
 
     def program_id(self, axis: int) -> int:
@@ -126,10 +127,10 @@ class Multiprocessor:
     def zeros(shape: list[int], dtype: torch.dtype, layout: None) -> Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    @staticmethod
-    def allocate_shared_memory(dtype: torch.dtype, shape: list[int], layout: object) -> Shared:
+    def allocate_shared_memory(self, dtype: torch.dtype, shape: list[int], layout: object) -> Shared:
         if dtype == torch.int64:
-            return Shared([Barrier() for _ in range(shape[0])])
+            self.barriers = [Barrier() for _ in range(shape[0])]
+            return Shared(self.barriers)
         return Shared(torch.full(shape, math.nan, dtype=dtype))
 
     def thread_barrier(self) -> None: ...
@@ -195,6 +196,7 @@ def played(processors: int, order: list[float]) -> Iterator[linear_hopper.Stream
                 patch.setattr(linear_hopper, "warpgroup_mma", gpu.multiply)
                 patch.setattr(linear_hopper, "warpgroup_mma_wait", gpu.wait_for_products)
                 kernel(w_desc, x_desc, *pointers, *arguments[4:], **constants)
+                assert not gpu.products and not any(barrier.arrived for barrier in gpu.barriers), "nothing is under way"
                 assert gpu.may_touch, "every CTA waits, so that who waits for this kernel waits for all before it"
 
         class Launcher:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tokenllm.engine.batch import Plan, Sampled
-from tokenllm.memory.token_slots import TokenSlots
+from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import Message, Sampling, Step, Submit
 from tokenllm.routing.policy import Conservative
 from tokenllm.scheduler.loop import Loop
@@ -15,6 +15,7 @@ from tokenllm.scheduler.scheduler import Scheduler
 
 class FakeRunner:
     most_chunks = 8
+    most_context_tokens = 999
     compilations = 0
 
     def __init__(self, ahead: int) -> None:
@@ -52,8 +53,8 @@ def test_nobody_waits_when_it_sleeps(ahead: int, capacity: int) -> None:
     prompt = np.arange(4, dtype="<i4").tobytes()
     ring = FakeRing([Submit(uid, prompt, 3, Sampling(seed=0), ignore_eos=True) for uid in range(5)])
     books = Scheduler(
-        TokenSlots(capacity), Conservative(capacity), rows=4, max_positions=6, prefill_chunk_tokens=8, most_chunks=8,
-        max_queued_requests=9, max_queued_tokens=99, eos_ids=frozenset(),
+        TokenMemory(capacity), Conservative(capacity), rows=4, max_positions=6, prefill_chunk_tokens=8, most_chunks=8,
+        most_context_tokens=999, max_queued_requests=9, max_queued_tokens=99, eos_ids=frozenset(),
     )  # fmt: skip
     loop = Loop(books, FakeRunner(ahead), [ring], ring, FakePage(), None)  # type: ignore[arg-type]
     turns = 0

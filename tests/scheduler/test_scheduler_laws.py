@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tokenllm.engine.batch import Chunk, Logprob, Plan, Sampled
-from tokenllm.memory.token_slots import TokenSlots
+from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import (
     FINISH_REASONS,
     STILL_RUNNING,
@@ -33,6 +33,7 @@ from tokenllm.scheduler.scheduler import FINISHED, Planned, Scheduler
 
 EOS, BROKEN, VOCAB = 0, 1, 40  # a hash of BROKEN stands for a NaN
 CAPACITY, ROWS = 120, 5
+ALIKE = st.integers(0, 50).map(lambda length: [5 + i % 7 for i in range(length)])  # each begins all longer ones
 
 
 def next_token(ids: Iterable[int]) -> int:
@@ -77,6 +78,7 @@ class FakeRunner:
         return self._following(row, position + 1)
 
     def _read(self, chunk: Chunk) -> int | None:
+        self.index[chunk.row, : len(chunk.prefix)] = chunk.prefix
         self._memory[chunk.slots], self.index[chunk.row, chunk.start : chunk.end] = chunk.ids, chunk.slots
         return self._following(chunk.row, chunk.end) if chunk.samples else None
 
@@ -92,12 +94,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(ahead=st.sampled_from([0, 1]), chunk=st.integers(1, 30), rows=st.sampled_from([1, 2, ROWS]))
     def start(self, ahead: int, chunk: int, rows: int) -> None:
         self.scheduler = Scheduler(
-            TokenSlots(CAPACITY),
+            TokenMemory(CAPACITY),
             Conservative(CAPACITY),
             rows=rows,
             max_positions=CAPACITY,
             prefill_chunk_tokens=chunk,
             most_chunks=1 << 20,
+            most_context_tokens=1 << 20,
             max_queued_requests=4,
             max_queued_tokens=200,
             eos_ids=frozenset({EOS}),
@@ -110,7 +113,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.unwanted: set[int] = set()
 
     @rule(
-        prompt=st.lists(st.integers(2, VOCAB - 1), max_size=50),
+        prompt=st.lists(st.integers(2, VOCAB - 1), max_size=50) | st.lists(st.integers(2, 3), max_size=50) | ALIKE,
         max_tokens=st.integers(1, 90),
         gateway=st.integers(0, 2),
         ignore_eos=st.booleans(),
@@ -178,10 +181,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def no_slot_is_wasted_or_shared(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        slots = self.scheduler.slots
-        held = np.concatenate([self.scheduler.rows.held(row) for row in self.taken_rows()] or [np.empty(0, np.int32)])
-        assert slots.free + len(held) == slots.capacity
-        assert len(np.unique(held)) == len(held)
+        memory, rows = self.scheduler.memory, [self.scheduler.rows.held(row) for row in self.taken_rows()]
+        assert all(len(np.unique(row)) == len(row) for row in rows)
+        memory.check(rows)
         assert self.scheduler.waiting_tokens == sum(len(request.prompt) for request in self.scheduler.waiting)
 
     @invariant()
@@ -223,7 +225,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 patience -= 1
                 assert patience >= 0, "steps without end"
             assert all(len(ends) == 1 for ends in self.ends.values()), "a request without a last word"
-            assert self.scheduler.slots.held == 0
+            assert self.scheduler.memory.active == 0
 
 
 TestSchedulerLaws = SchedulerMachine.TestCase
@@ -232,13 +234,19 @@ TestSchedulerLaws.settings = settings(max_examples=100, stateful_step_count=40, 
 
 def scheduler(eos_ids: frozenset[int] = frozenset({EOS}), **limits: int) -> Scheduler:
     usual = dict(
-        rows=2, max_positions=100, prefill_chunk_tokens=16, most_chunks=99, max_queued_requests=2, max_queued_tokens=30
+        rows=2,
+        max_positions=100,
+        prefill_chunk_tokens=16,
+        most_chunks=99,
+        most_context_tokens=9999,
+        max_queued_requests=2,
+        max_queued_tokens=30,
     )
-    return Scheduler(TokenSlots(100), Conservative(100), **usual | limits, eos_ids=eos_ids)
+    return Scheduler(TokenMemory(100), Conservative(100), **usual | limits, eos_ids=eos_ids)
 
 
 def request(uid: int, prompt: int = 10, max_tokens: int = 5) -> Submit:
-    return Submit(uid, np.full(prompt, 7, "<i4").tobytes(), max_tokens, Sampling(seed=0))
+    return Submit(uid, np.full(prompt, 7 + uid, "<i4").tobytes(), max_tokens, Sampling(seed=0))
 
 
 def test_what_can_never_fit_is_refused_at_once() -> None:
@@ -303,7 +311,7 @@ def test_a_row_that_changes_hands_in_flight_keeps_the_old_tokens_from_the_new_te
     assert books.settle(ahead, sampled(7)).uids == ()
     assert books.settle(second, sampled(8)) == Step((2,), (1,), np.array([8], "<i4").tobytes(), (0,), (0,))
     assert books.settle(books.plan(), sampled(9)).finished == (FINISHED["length"],)
-    assert books.slots.held == 0 and books.plan() is None
+    assert books.memory.active == 0 and books.plan() is None
 
 
 def test_who_is_aborted_in_flight_is_told_nothing_more_while_others_are() -> None:
@@ -316,7 +324,7 @@ def test_who_is_aborted_in_flight_is_told_nothing_more_while_others_are() -> Non
     assert last_word.finished == (FINISHED["abort"],)
     step = books.settle(planned, Sampled(np.array([5, -1], np.int32), {0: logprob_of(5), 1: logprob_of(0)}))
     assert step == Step((2,), (0,), b"", (FINISHED["error"],), (0,))
-    assert books.slots.held == 0
+    assert books.memory.active == 0
 
 
 def test_a_full_queue_stays_full_for_those_who_would_fit_beside_its_head() -> None:
@@ -343,3 +351,53 @@ def test_the_predicted_peak_is_what_all_may_reach(requests: list[tuple[int, int,
     assert Conservative(1).predicted_peak(columns) == peak
     assert Conservative(peak + 5).admits(Demand(3, 0, 3), columns)
     assert not Conservative(peak + 4).admits(Demand(3, 0, 3), columns)
+
+
+def read(books: Scheduler, runner: FakeRunner) -> tuple[int, dict[int, int]]:
+    """Run all that was submitted to its end: prompt tokens computed, and what each was told was cached."""
+    computed, cached = 0, {}
+    while planned := books.plan():
+        computed += sum(chunk.tokens for chunk in planned.plan.chunks)
+        step = books.settle(planned, runner.collect(runner.launch(planned.plan)))
+        cached |= dict(zip(step.uids, step.cached_tokens, strict=True))
+    return computed, cached
+
+
+def twins(count: int, prompt: int, **realm: str) -> list[Submit]:
+    ids = np.arange(2, 2 + prompt, dtype="<i4") % VOCAB
+    return [Submit(uid, ids.tobytes(), 2, Sampling(seed=0), ignore_eos=True, **realm) for uid in range(count)]
+
+
+def test_prompts_that_arrive_together_are_computed_once() -> None:
+    """P tokens for the first, and for each twin the last one alone, whose successor is asked for."""
+    books = scheduler(rows=5, prefill_chunk_tokens=7, max_queued_requests=9, max_queued_tokens=999)
+    for submit in twins(5, prompt=18):
+        books.accept(submit)
+    computed, cached = read(books, FakeRunner(0))
+    assert computed == 18 + 4
+    assert cached == {0: 0} | dict.fromkeys(range(1, 5), 17)
+    books.accept(twins(1, prompt=18)[0])
+    assert read(books, FakeRunner(0)) == (1, {0: 17})
+
+
+@pytest.mark.parametrize("realm", [{"tenant": "another"}, {"cache_salt": "another"}])
+def test_nobody_sees_what_another_tenant_had_computed(realm: dict[str, str]) -> None:
+    books, runner = scheduler(), FakeRunner(0)
+    books.accept(twins(1, prompt=18)[0])
+    read(books, runner)
+    books.accept(twins(1, prompt=18, **realm)[0])
+    assert read(books, runner) == (18, {0: 0})
+
+
+def test_what_is_cached_gives_way() -> None:
+    """Memory that the tree alone holds is as good as free, and forgotten oldest first."""
+    books, runner = scheduler(), FakeRunner(0)
+    for uid in range(12):
+        books.accept(request(uid, prompt=30))
+        read(books, runner)
+    assert books.memory.active == 0
+    assert books.memory.free + books.memory.cached == books.memory.capacity
+    books.accept(request(11, prompt=30))
+    assert read(books, runner)[0] == 1
+    books.accept(request(0, prompt=30))
+    assert read(books, runner)[0] == 30

@@ -18,6 +18,10 @@ __all__ = ["Chunk", "Decodes", "LogitsRule", "Logprob", "Plan", "Sampled"]
 Column = NDArray[np.int32]
 
 
+def _no_slots() -> Slots:
+    return np.empty(0, np.int32)
+
+
 @dataclass(frozen=True)
 class Decodes:
     """One more token for each of these rows: the one the row sampled last, which only the device may know yet."""
@@ -43,6 +47,7 @@ class Chunk:
     samples: bool  # the prompt ends here: choose the token that follows
     rule: LogitsRule
     logprobs: int | None  # report the chosen tokens', and that many alternatives
+    prefix: Slots = field(default_factory=_no_slots)  # of the positions before `start`, where the row is a new one
 
     @property
     def tokens(self) -> int:

@@ -97,6 +97,10 @@ class CudaRunner:
     def most_chunks(self) -> int:
         return self._step.limits.chunks
 
+    @property
+    def most_context_tokens(self) -> int:
+        return self._step.limits.positions + self._step.limits.prompt_tokens
+
     def count_compilations(self) -> None:
         """All is warm: whatever is compiled from now on, somebody waits for."""
 
@@ -111,6 +115,7 @@ class CudaRunner:
         self._stagings.append(staging)
         shape = self._write(staging.words, plan)
         staging.send(shape)
+        self._adopt(plan.chunks)
         self._graphs.body(shape)
         if shape.samples:
             self._remember([chunk for chunk in plan.chunks if chunk.samples])
@@ -166,6 +171,14 @@ class CudaRunner:
         prompt[2] = np.arange(upto[-1]) + np.repeat(ends - upto, counts)
         np.concatenate([chunk.slots for chunk in chunks], out=prompt[3])
         return int(contexts[-1])
+
+    def _adopt(self, chunks: Sequence[Chunk]) -> None:
+        """Rows that begin with what others have computed learn where it lies."""
+        device = self._step.index.device
+        for chunk in chunks:
+            if len(chunk.prefix):
+                slots = _pinned(torch.from_numpy(chunk.prefix), device)
+                self._step.index[chunk.row, : len(slots)].copy_(slots, non_blocking=True)
 
     def _remember(self, chunks: Sequence[Chunk]) -> None:
         """What of these prompts' wishes does not travel with the step."""

@@ -36,6 +36,11 @@ class Runner(Protocol[F]):
         ...
 
     @property
+    def most_context_tokens(self) -> int:
+        """How long the prompts that one step reads may be together, what was computed before included."""
+        ...
+
+    @property
     def compilations(self) -> int:
         """Kernels compiled since the runner was warm; none, if all is well."""
         ...
@@ -72,6 +77,7 @@ class CpuRunner:
 
     ahead = 0
     most_chunks = 1 << 20
+    most_context_tokens = 1 << 40
     compilations = 0
 
     def __init__(self, decoder: Decoder, slots: int, rows: int, max_positions: int) -> None:
@@ -90,6 +96,8 @@ class CpuRunner:
         counts = [*[1] * len(decodes.rows), *(chunk.tokens for chunk in chunks)]
         positions = _end_to_end(decodes.positions, *(np.arange(chunk.start, chunk.end) for chunk in chunks))
         slots = _end_to_end(decodes.slots, *(chunk.slots for chunk in chunks))
+        for chunk in chunks:
+            self._index[chunk.row, : len(chunk.prefix)] = torch.from_numpy(chunk.prefix)
         self._index[np.repeat(rows, counts), positions] = slots.int()
         attention_plan = plan_attention(self._index, rows, starts, counts, self._padding_slot, self._decoder.dtype)
         last = _last_places(plan, counts)

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from tokenllm.gateway.chat import ChatFrames, chat_completion
 from tokenllm.gateway.completions import CompletionFrames, text_completion
-from tokenllm.gateway.gateway import Gateway
+from tokenllm.gateway.gateway import Gateway, tenant_of
 from tokenllm.gateway.metrics import render
 from tokenllm.gateway.reply import Head, Said, total_usage, whole
 from tokenllm.gateway.sse import EventStream, Frames
@@ -63,7 +63,7 @@ async def chat_completions(gateway: Gateway, request: Request) -> ASGIApp:
     model, max_model_len = gateway.model, gateway.ready().max_model_len
     model.check_size((message.text() for message in body.messages), "messages", max_model_len)
     prompt = await gateway.off_loop(model.chat_prompt, body.messages)
-    return await _generate(gateway, body, gateway.submits(body, [prompt], arrived_s), CHAT)
+    return await _generate(gateway, body, gateway.submits(body, [prompt], arrived_s, tenant_of(request)), CHAT)
 
 
 async def completions(gateway: Gateway, request: Request) -> ASGIApp:
@@ -74,7 +74,7 @@ async def completions(gateway: Gateway, request: Request) -> ASGIApp:
     for text in body.prompts():
         model.check_size([text] if isinstance(text, str) else [], "prompt", max_model_len)
     prompts = await gateway.off_loop(model.text_prompts, body.prompts(), "prompt")
-    return await _generate(gateway, body, gateway.submits(body, prompts, arrived_s), TEXT)
+    return await _generate(gateway, body, gateway.submits(body, prompts, arrived_s, tenant_of(request)), TEXT)
 
 
 async def _generate(gateway: Gateway, body: Generation, submits: Sequence[Submit], wording: Wording) -> ASGIApp:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import sha256
 from struct import pack
 from typing import ParamSpec, TypeVar
 
@@ -90,7 +91,7 @@ class Gateway:
         """A new answer's."""
         return Head(f"{kind}-{secrets.token_hex(12)}", int(time.time()), self.model.name, f"tokenllm-{__version__}")
 
-    def submits(self, body: Generation, prompts: Sequence[list[int]], arrived_s: float) -> list[Submit]:
+    def submits(self, body: Generation, prompts: Sequence[list[int]], arrived_s: float, tenant: str) -> list[Submit]:
         """One for each choice: those of the first prompt, then those of the second."""
         max_model_len = self.ready().max_model_len
         return [
@@ -102,11 +103,19 @@ class Gateway:
                 stop=body.stop_strings(),
                 ignore_eos=bool(body.ignore_eos),
                 arrived_s=arrived_s,
+                tenant=tenant,
+                cache_salt=body.cache_salt or "",
             )
             for prompt in prompts
             for seed in [secrets.randbits(SEED_BITS) if body.seed is None else body.seed]
             for choice in range(body.choices_each())
         ]
+
+
+def tenant_of(request: Request) -> str:
+    """Whose request it is: whoever shows the same key, and who shows none."""
+    key = request.headers.get("authorization", "")
+    return sha256(key.encode()).hexdigest()[:32] if key else ""
 
 
 def room(prompt_tokens: int, max_model_len: int, body: Generation) -> int:

@@ -125,6 +125,11 @@ class PrefixTree:
         coming = max(0, announced - cached)
         return Look(cached, active, coming, uid if coming else 0)
 
+    def known(self, realm: Hashable, ids: Ids) -> int:
+        """How many of these tokens are cached, from the first on; changes nothing."""
+        path, shared = self._walk(realm, _bytes(ids))
+        return sum(len(node.slots) for node in path[:-1]) + shared
+
     def match(self, realm: Hashable, ids: Ids) -> Match:
         """The longest cached prefix; never all of it, since the last token's logits have to be computed."""
         path = self._cut(*self._walk(realm, _computable(ids)))

@@ -52,11 +52,15 @@ class TokenMemory:
         """Return slots taken before, which neither a running request nor the tree holds."""
         self._slots.give_back(slots)
 
+    def idle_slots(self) -> Slots:
+        """Of which a step may take: free ones, and those of tokens that the tree alone holds."""
+        return np.concatenate([self._slots.free_slots(), self.prefixes.unheld_slots()])
+
     def check(self, rows: Iterable[Slots]) -> None:
         """For tests: every slot is free, cached or active, and only one of them. `rows`: what running requests hold."""
         self.prefixes.check()
         active = np.unique(np.concatenate([np.empty(0, np.int32), *rows]))
-        holders = np.bincount(np.concatenate([self._slots.free_slots(), self.prefixes.unheld_slots(), active]))
+        holders = np.bincount(np.concatenate([self.idle_slots(), active]))
         wrong = (holders != 1).nonzero()[0]
         assert len(holders) == self.capacity and not len(wrong), f"slots not held exactly once: {wrong}"
         assert self.active == len(active), (

@@ -28,7 +28,7 @@ BIN_OF: Ints = np.searchsorted(EDGES, np.arange(LOOKED_UP), "right") - 1
 
 
 def bins(lengths: Ints) -> Ints:
-    return BIN_OF[np.minimum(lengths, LOOKED_UP - 1)]
+    return BIN_OF.take(lengths, mode="clip")
 
 
 class Lengths:

@@ -53,14 +53,12 @@ class ShortestService(FirstCome):
         self._meet(most)
         if not most:
             return service
-        places = np.argsort(service)
-        places = places[np.argsort(tenants[places].astype(np.int16), kind="stable")]
+        places = np.argsort(tenants * BAND + service)
         so_far, sorted_tenants = service[places].cumsum(), tenants[places]
-        starts = np.concatenate(([True], sorted_tenants[1:] != sorted_tenants[:-1])).nonzero()[0]
+        starts = np.searchsorted(sorted_tenants, np.arange(most + 1))
         before = np.concatenate(([0.0], so_far))[starts]
         turns = np.empty_like(service)
-        turns[places] = so_far - np.repeat(before, np.diff(np.append(starts, len(places))))
-        turns += self._served[tenants]
+        turns[places] = so_far + (self._served[: most + 1] - before)[sorted_tenants]
         return turns
 
     def _meet(self, tenant: int) -> None:

@@ -3,16 +3,16 @@
 import numpy as np
 
 from tokenllm.routing.columns import Columns, Floats, Ints
-from tokenllm.routing.lengths import LOOKED_UP, Lengths, bins
+from tokenllm.routing.lengths import BINS, LOOKED_UP, Lengths, bins
 from tokenllm.routing.order import ShortestService
 from tokenllm.routing.pace import Pace
 
-AHEAD: Ints = np.unique(np.geomspace(1, LOOKED_UP, 28).astype(np.int64)) - 1  # steps at which memory is looked at
-CAUTION = 1.65  # z, at first and at most
+AHEAD: Ints = np.unique(np.geomspace(1, LOOKED_UP, 24).astype(np.int64)) - 1  # steps at which memory is looked at
+CAUTION = 1.7  # z, at first and at most
 BOLDEST = 0.5
 PAUSES = 0.007  # of the requests that finish: with fewer, z falls
 STEP = 0.1  # by which a pause raises z
-RELIEF_STEPS = 100  # a pause shall free what so many steps of the others take
+RELIEF_STEPS = 200  # a pause shall free what so many steps of the others take
 
 
 class TokenLLM(ShortestService):
@@ -41,9 +41,9 @@ class TokenLLM(ShortestService):
 
     def admits(self, running: Columns, candidates: Columns, room: float) -> int:
         mean, variance = self.ahead(running.then(candidates))
-        count = len(running)
-        means = mean[:count].sum(0) + mean[count:].cumsum(0)
-        variances = variance[:count].sum(0) + variance[count:].cumsum(0)
+        count, all_one = len(running), np.ones(len(running))
+        means = all_one @ mean[:count] + mean[count:].cumsum(0)
+        variances = all_one @ variance[:count] + variance[count:].cumsum(0)
         fits = (means + self._z * np.sqrt(variances) <= room).all(1)
         return len(fits) if fits.all() else int(fits.argmin())
 
@@ -51,11 +51,11 @@ class TokenLLM(ShortestService):
         """Mean and variance of what each holds at the steps AHEAD, [requests, steps]."""
         left = requests.max_tokens - requests.generated
         steps = AHEAD[: int(np.searchsorted(AHEAD, left.max()))]
-        kinds = requests.kind[:, None]
-        lives = self.lengths.table[kinds, bins(requests.generated[:, None] + steps)]
+        places = bins(requests.generated[:, None] + steps)
+        lives = self.lengths.table.take(places + (requests.kind * BINS)[:, None])
         lives /= np.maximum(1e-9, lives[:, :1])
-        lives[steps >= left[:, None]] = 0
-        tokens = requests.whole[:, None] + steps
+        lives *= steps < left[:, None]
+        tokens = (requests.whole[:, None] + steps).astype(float)
         mean = lives * tokens
         return mean, mean * (tokens - mean)
 

@@ -11,7 +11,7 @@ from tokenllm.checkpoint import CheckpointError
 from tokenllm.config import SchedulerBirth, ServeConfig
 from tokenllm.counters import Page
 from tokenllm.engine.start import DeviceFault, Engine, device_faults, start_engine
-from tokenllm.memory.token_slots import TokenSlots
+from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import Inbound, Midway, Ready
 from tokenllm.models.weights import Track
 from tokenllm.process import die_with, read_birth
@@ -54,12 +54,13 @@ def _load(config: ServeConfig, path: Path) -> Engine:
 
 def _scheduler(config: ServeConfig, engine: Engine) -> Scheduler:
     return Scheduler(
-        TokenSlots(engine.kv_tokens),
+        TokenMemory(engine.kv_tokens),
         Conservative(engine.kv_tokens),
         rows=engine.batch.rows,
         max_positions=engine.max_model_len,
         prefill_chunk_tokens=engine.batch.prompt_tokens,
         most_chunks=engine.runner.most_chunks,
+        most_context_tokens=engine.runner.most_context_tokens,
         max_queued_requests=config.max_queued_requests,
         max_queued_tokens=config.max_queued_tokens,
         eos_ids=engine.eos_ids,

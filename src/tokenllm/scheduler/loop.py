@@ -93,9 +93,10 @@ class Loop(Generic[Flight]):
 
     def _publish(self) -> None:
         scheduler, page = self._scheduler, self._page
-        page.set("tokenllm_kv_tokens_capacity", scheduler.slots.capacity)
-        page.set("tokenllm_kv_tokens_free", scheduler.slots.free)
-        page.set("tokenllm_kv_tokens_active", scheduler.slots.held)
+        page.set("tokenllm_kv_tokens_capacity", scheduler.memory.capacity)
+        page.set("tokenllm_kv_tokens_free", scheduler.memory.free)
+        page.set("tokenllm_kv_tokens_cached", scheduler.memory.cached)
+        page.set("tokenllm_kv_tokens_active", scheduler.memory.active)
         page.set("tokenllm_requests_running", scheduler.rows.running)
         page.set("tokenllm_requests_waiting", len(scheduler.waiting))
         page.set("tokenllm_predicted_peak_tokens", scheduler.predicted_peak)

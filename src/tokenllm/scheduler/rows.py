@@ -6,7 +6,7 @@ from its admission to its end.
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenllm.engine.batch import Decodes
+from tokenllm.engine.batch import Column, Decodes
 from tokenllm.memory.token_slots import Slots
 from tokenllm.routing.policy import Demands
 from tokenllm.scheduler.request import Request
@@ -27,9 +27,11 @@ class Rows:
         self.planned = np.zeros(count, np.int32)  # tokens whose K and V are in memory, or on their way
         self.sampled = np.zeros(count, np.int32)  # tokens generated, or on their way
         self.generated = np.zeros(count, np.int32)  # tokens generated and known
+        self.cached = np.zeros(count, np.int32)  # tokens of the prompt that somebody had computed before
         self.heeds_eos = np.zeros(count, bool)
         self.decodes = np.zeros(count, bool)  # its prompt is planned to the end
         self._slots = np.empty((count, max_positions), np.int32)  # of each position; costs memory where it is written
+        self._ids = np.empty((count, max_positions + 1), np.int32)  # of each position, as far as known
         self._free = list(range(count))[::-1]
 
     @property
@@ -45,7 +47,8 @@ class Rows:
         row = self._free.pop()
         self.uids[row] = request.uid
         self.prompt[row], self.max_tokens[row] = len(request.prompt), request.max_tokens
-        self.planned[row] = self.sampled[row] = self.generated[row] = 0
+        self.planned[row] = self.sampled[row] = self.generated[row] = self.cached[row] = 0
+        self._ids[row, : len(request.prompt)] = request.prompt
         self.heeds_eos[row], self.decodes[row] = not request.ignore_eos, False
         return row
 
@@ -58,6 +61,21 @@ class Rows:
 
     def held(self, row: int) -> Slots:
         return self._slots[row, : self.planned[row]]
+
+    def adopt(self, row: int, slots: Slots) -> None:
+        """The row begins with what others have computed."""
+        self._slots[row, : len(slots)] = slots
+        self.planned[row] = self.cached[row] = len(slots)
+
+    def learn(self, rows: Column, tokens: Column) -> None:
+        """Each row has generated one more token."""
+        self._ids[rows, self.prompt[rows] + self.generated[rows]] = tokens
+        self.generated[rows] += 1
+
+    def written(self, row: int) -> tuple[Column, Slots]:
+        """Ids and slots of the tokens whose K and V are in memory, or on their way, and whose ids are known."""
+        end = min(self.planned[row], self.prompt[row] + self.generated[row])
+        return self._ids[row, :end], self._slots[row, :end]
 
     def wanting_a_token(self) -> NDArray[np.intp]:
         """The rows that decode at the next step, in ascending order."""

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenllm.engine.batch import Chunk, Column, Decodes, Plan, Sampled
-from tokenllm.memory.token_slots import TokenSlots
+from tokenllm.memory.prefix_tree import NO_SLOTS
+from tokenllm.memory.token_memory import TokenMemory
+from tokenllm.memory.token_slots import Slots
 from tokenllm.messages import (
     FINISH_REASONS,
     Abort,
@@ -46,18 +48,19 @@ class Scheduler:
 
     def __init__(
         self,
-        slots: TokenSlots,
+        memory: TokenMemory,
         policy: Conservative,
         *,
         rows: int,
         max_positions: int,
         prefill_chunk_tokens: int,
         most_chunks: int,
+        most_context_tokens: int,
         max_queued_requests: int,
         max_queued_tokens: int,
         eos_ids: frozenset[int],
     ) -> None:
-        self.slots = slots
+        self.memory = memory
         self.policy = policy
         self.rows = Rows(rows, max_positions)
         self.waiting: deque[Request] = deque()
@@ -66,6 +69,7 @@ class Scheduler:
         self._requests: dict[int, Request] = {}  # all that wait or run, by uid
         self._may_admit = False  # somebody came or went since the policy was last asked
         self._prefill_chunk_tokens, self._most_chunks = prefill_chunk_tokens, most_chunks
+        self._most_context_tokens = most_context_tokens
         self._max_queued = max_queued_requests, max_queued_tokens
         self._is_eos = _table_of(eos_ids)
 
@@ -95,7 +99,7 @@ class Scheduler:
         return Begin(submit.uid, len(request.prompt), submit.stop)
 
     def _refusal(self, submit: Submit, request: Request) -> Refused | None:
-        most, longest = request.demand.most, min(self.slots.capacity, self.rows.max_positions)
+        most, longest = request.demand.most, min(self.memory.capacity, self.rows.max_positions)
         if most > longest:
             word = f"prompt and max_tokens need {most} tokens of KV memory, a request may have {longest}"
             return Refused(submit.uid, 400, "context_length_exceeded", word)
@@ -142,7 +146,17 @@ class Scheduler:
             return
         if not self.rows.decodes[request.row]:
             self._reading.remove(request)
-        self.slots.give_back(self.rows.release(request.row))
+        self._give_back(request, request.row)
+
+    def _give_back(self, request: Request, row: int) -> None:
+        """What the row holds, but for what the prefix tree keeps of it."""
+        ids, slots = self.rows.written(row)
+        beyond = self.rows.held(row)[len(slots) :].copy()  # computed past the end, or never to be known
+        surplus = self.memory.prefixes.insert(request.realm, ids, slots).surplus if len(ids) else NO_SLOTS
+        if request.node:
+            self.memory.prefixes.unlock(request.node)
+        self.rows.release(row)
+        self.memory.give_back(np.concatenate((surplus, beyond)))
 
     def plan(self) -> Planned | None:
         """The next step; None when there is nothing to compute."""
@@ -155,33 +169,58 @@ class Scheduler:
 
     def _decodes(self) -> Decodes:
         rows = self.rows.wanting_a_token()
-        return self.rows.decode(rows, self.slots.take(len(rows)))
+        return self.rows.decode(rows, self.memory.take(len(rows)))
 
     def _chunks(self) -> Iterable[Chunk]:
         """Prompts are read in the order of admission, so many tokens and so many prompts in one step."""
-        budget = self._prefill_chunk_tokens
+        budget, context = self._prefill_chunk_tokens, self._most_context_tokens
         for _ in range(self._most_chunks):
-            if not (budget and self._reading):
+            if not (budget and self._reading and len(self._reading[0].prompt) <= context):
                 return
             chunk = self._chunk(self._reading[0], budget)
             if chunk.samples:
                 self._reading.popleft()
-            budget -= chunk.tokens
+            budget, context = budget - chunk.tokens, context - chunk.end
             yield chunk
 
     def _chunk(self, request: Request, most_tokens: int) -> Chunk:
         row = request.row
         assert row is not None, "who reads a prompt has a row"
+        prefix = NO_SLOTS if request.node else self._find_prefix(request, row)
         left = len(request.prompt) - int(self.rows.planned[row])
-        slots = self.slots.take(min(most_tokens, left))
-        return request.chunk(row, self.rows.read(row, slots), slots)
+        slots = self.memory.take(min(most_tokens, left))
+        chunk = request.chunk(row, self.rows.read(row, slots), slots, prefix)
+        self._share(request, *self.rows.written(row))
+        return chunk
+
+    def _find_prefix(self, request: Request, row: int) -> Slots:
+        """What was computed before, be it by the prompt that this very step reads before this one."""
+        match = self.memory.prefixes.match(request.realm, request.prompt)
+        self.memory.prefixes.lock(match.node)
+        request.node, request.shared_tokens = match.node, len(match)
+        self.rows.adopt(row, match.slots)
+        return match.slots
+
+    def _share(self, request: Request, ids: Column, slots: Slots) -> None:
+        """From this plan on others may begin with these tokens: what they read is computed before they read it.
+
+        Where somebody else has shared the same since the prefix was found (as all twins have the last token of their
+        prompt, which each computes for itself), the row keeps its own to the end, and nothing is held twice.
+        """
+        prefixes, node = self.memory.prefixes, request.node
+        assert node, "a row that reads has found its prefix"
+        if prefixes.known(request.realm, ids) == request.shared_tokens:
+            request.node, request.shared_tokens = prefixes.insert(request.realm, ids, slots).node, len(ids)
+            prefixes.lock(request.node)
+            prefixes.unlock(node)
 
     def settle(self, planned: Planned, sampled: Sampled) -> Step:
         """Enter what a step sampled, finish who is done, and tell the detokenizer."""
         rows = planned.plan.sampling_rows
         lives = self.rows.uids[rows] == planned.uids  # who ended after the launch has had a last word already
         rows, uids, tokens = rows[lives], tuple(planned.uids[lives].tolist()), sampled.tokens[lives]
-        self.rows.generated[rows] += 1
+        self.rows.learn(rows, tokens)
+        cached = tuple(self.rows.cached[rows].tolist())
         finished, valid = self._finished(rows, tokens), tokens >= 0
         for place in finished.nonzero()[0]:
             self._finish(uids[place])
@@ -190,7 +229,7 @@ class Scheduler:
             counts=tuple(valid.view(np.int8).tolist()),
             ids=tokens[valid].tobytes(),
             finished=tuple(finished.tolist()),
-            cached_tokens=(0,) * len(uids),
+            cached_tokens=cached,
             logprobs=_logprobs(planned.uids, sampled, lives) if sampled.logprobs else {},
         )
 
