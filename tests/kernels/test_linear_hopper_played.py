@@ -196,7 +196,7 @@ def played(processors: int, order: list[float]) -> Iterator[linear_hopper.Stream
                 patch.setattr(linear_hopper, "warpgroup_mma", gpu.multiply)
                 patch.setattr(linear_hopper, "warpgroup_mma_wait", gpu.wait_for_products)
                 kernel(w_desc, x_desc, *pointers, *arguments[4:], **constants)
-                assert not gpu.products and not any(barrier.arrived for barrier in gpu.barriers), "nothing is under way"
+                assert not gpu.products and not any(b.arrived or b.copies for b in gpu.barriers), "nothing is under way"
                 assert gpu.may_touch, "every CTA waits, so that who waits for this kernel waits for all before it"
 
         class Launcher:
