@@ -133,8 +133,6 @@ class Multiprocessor:
             return Shared(self.barriers)
         return Shared(torch.full(shape, math.nan, dtype=dtype))
 
-    def thread_barrier(self) -> None: ...
-
     def load(self, pointer: Pointer, mask: Tensor, other: float, cache_modifier: str = "") -> Tensor:
         assert self.may_touch
         at, mask = torch.broadcast_tensors(pointer.at, mask)
@@ -216,7 +214,7 @@ def played(processors: int, order: list[float]) -> Iterator[linear_hopper.Stream
         patch.setattr(linear_hopper, "StreamWorkspace", SimpleNamespace(of=lambda device: workspace))
         patch.setattr(linear_hopper, "multiprocessors", lambda device: processors)
         patch.setattr(linear_hopper, "mbarrier", barriers)
-        for name in ("fence_async_shared", "gdc_launch_dependents"):
+        for name in ("barrier", "fence_async_shared", "gdc_launch_dependents"):
             patch.setattr(linear_hopper, name, lambda: None)
         for name in HELPERS:
             patch.setattr(linear_hopper, name, getattr(linear_hopper, name).fn)

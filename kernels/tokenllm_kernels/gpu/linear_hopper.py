@@ -37,6 +37,7 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+    barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name until Triton 3.6
     HAS_GLUON = True
 except ImportError:
     HAS_GLUON = False
@@ -228,10 +229,10 @@ if HAS_GLUON:
         gl.store(here, acc)
         if GATED:
             gl.store(here + size, up)
-        gl.thread_barrier()  # all threads' sums are written before one of them says so
+        barrier()  # all threads' sums are written before one of them says so
         last = gl.atomic_add(arrived + first_program, 1, sem="acq_rel") == last_program - first_program
         if last:
-            gl.thread_barrier()
+            barrier()
             acc, up = gl.zeros_like(acc), gl.zeros_like(up)
             for group in range(first_program, last_program + 1, at_once):
                 for i in gl.static_range(at_once):  # on their way together
@@ -268,7 +269,7 @@ if HAS_GLUON:
         for each in gl.static_range(STAGES):
             mbarrier.init(ready.index(each), count=1)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         for step in range(gl.minimum(STAGES, mine)):
             _expect(ready, step, True, parts, w_desc, x_desc)
             _fetch_weights(w_desc, gate_ring, up_ring, ready, first, step, k_tiles, features, True, GATED)
@@ -288,7 +289,7 @@ if HAS_GLUON:
             refilling = gl.maximum(begin, gl.minimum(end, mine - STAGES + 1))
             for step in range(begin, refilling):
                 acc, up = _multiply(gate_ring, up_ring, x_ring, ready, step, acc, up, GATED)
-                gl.thread_barrier()  # the step before is done with in all warps: its stage takes the next tile
+                barrier()  # the step before is done with in all warps: its stage takes the next tile
                 following = step - 1 + STAGES
                 wanted = step > 0
                 _expect(ready, following, wanted, parts, w_desc, x_desc)
