@@ -14,7 +14,7 @@ from msgspec import inspect
 import tokenllm
 from tokenllm import settings
 from tokenllm.settings import SettingError
-from tokenllm.simulate import command as simulation
+from tokenllm.simulate import flags as simulation
 from tokenllm.supervisor.serve import serve
 
 
@@ -29,9 +29,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="serve a model to OpenAI clients", allow_abbrev=False))
     simulator = commands.add_parser("simulate", help="run the router on a trace, without a GPU", allow_abbrev=False)
-    simulator.set_defaults(command=simulation.simulate)
+    simulator.set_defaults(command=_simulate)
     simulation.add_flags(simulator)
     return parser
+
+
+def _simulate(namespace: dict[str, Any]) -> int:
+    from tokenllm.simulate.command import simulate  # numpy and rich, which the parent of a server does without
+
+    return simulate(namespace)
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:

@@ -8,13 +8,14 @@ from tokenllm import cli
 from tokenllm.routing.router import Router
 from tokenllm.simulate import mixes, policies
 from tokenllm.simulate.command import run
+from tokenllm.simulate.flags import FIRST_COME_ORACLE, ORACLE, POLICIES
 from tokenllm.simulate.machine import Machine, StepClock
 from tokenllm.simulate.server import Server
 from tokenllm.simulate.workload import TraceError, Workload, of, read
 
 DATA = Path(__file__).parent.parent / "data"
 AZURE, MOONCAKE = DATA / "azure_conversation_2000.csv", DATA / "mooncake_conversation_600.jsonl"
-EVERY = (*policies.POLICIES, policies.ORACLE, policies.FIRST_COME_ORACLE)
+EVERY = (*POLICIES, ORACLE, FIRST_COME_ORACLE)
 
 # steps published for a simulator of the same shape: 120k slots (chat 60k), everybody there at once
 STEPS = {

@@ -44,8 +44,8 @@ class TokenLLM(ShortestService):
         count, all_one = len(running), np.ones(len(running))
         means = all_one @ mean[:count] + mean[count:].cumsum(0)
         variances = all_one @ variance[:count] + variance[count:].cumsum(0)
-        fits = (means + self._z * np.sqrt(variances) <= room).all(1)
-        return len(fits) if fits.all() else int(fits.argmin())
+        highest = (means + self._z * np.sqrt(variances)).max(1)
+        return int(np.logical_and.accumulate(highest <= room).sum())
 
     def ahead(self, requests: Columns) -> tuple[Floats, Floats]:
         """Mean and variance of what each holds at the steps AHEAD, [requests, steps]."""

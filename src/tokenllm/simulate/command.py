@@ -1,6 +1,5 @@
 """`tokenllm simulate`: one workload, one policy or all; a table on the screen, rows in a file and a picture beside."""
 
-import argparse
 import json
 import sys
 import time
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from tokenllm.routing.router import Router
 from tokenllm.simulate import figures, mixes, policies, workload
+from tokenllm.simulate.flags import FIRST_COME_ORACLE, ORACLE, POLICIES, SYNTHETIC
 from tokenllm.simulate.machine import FORMULA, Machine, StepClock
 from tokenllm.simulate.results import Row, row
 from tokenllm.simulate.server import Books, Server
@@ -22,35 +22,6 @@ from tokenllm.simulate.workload import TraceError, Workload
 MOST_RUNNING = 512
 TARGET_S = 0.2  # of a step with prefill in it, in overload
 OVERLOAD = 1.5
-SYNTHETIC = "synthetic:"
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    names = (*policies.POLICIES, policies.ORACLE, policies.FIRST_COME_ORACLE, "all")
-    parser.add_argument(
-        "--trace", required=True, metavar="FILE", help=f".csv, .jsonl or {SYNTHETIC}NAME of {', '.join(mixes.MIXES)}"
-    )
-    parser.add_argument("--policy", choices=names, default="all", help="which to run; the oracle always runs beside it")
-    parser.add_argument(
-        "--capacity", type=_positive, metavar="TOKENS", help="of KV memory (default: of the modelled card)"
-    )
-    parser.add_argument(
-        "--rate", type=float, metavar="X", help="arrivals times X (default: half more than can be served)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of synthetic loads and of past-future's draws"
-    )
-    parser.add_argument(
-        "--clock", choices=("gpu", "steps"), default="gpu", help="steps: count steps, all cost the same"
-    )
-    parser.add_argument("--requests", type=_positive, metavar="N", help="only the first N")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows here and a picture beside it")
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
 
 
 def simulate(flags: dict[str, Any]) -> int:
@@ -76,8 +47,8 @@ def simulate(flags: dict[str, Any]) -> int:
 
 def _names(policy: str) -> Sequence[str]:
     if policy == "all":
-        return (*policies.POLICIES, policies.ORACLE)
-    return (policy,) if policy == policies.ORACLE else (policy, policies.ORACLE)
+        return (*POLICIES, ORACLE)
+    return (policy,) if policy == ORACLE else (policy, ORACLE)
 
 
 def load(trace: str, seed: int, requests: int | None = None) -> Workload:
@@ -96,7 +67,7 @@ def overloading_rate(work: Workload, machine: Machine, capacity: int) -> float:
     span = float(work.arrival[-1])
     if not span:
         return 1.0
-    result, _ = run(policies.FIRST_COME_ORACLE, work.at_rate(float("inf")), machine, capacity, 0)
+    result, _ = run(FIRST_COME_ORACLE, work.at_rate(float("inf")), machine, capacity, 0)
     return OVERLOAD * span / result.simulated_s if result.simulated_s else 1.0
 
 

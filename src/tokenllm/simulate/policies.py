@@ -9,12 +9,9 @@ from tokenllm.routing.lightllm import LightLLM
 from tokenllm.routing.pace import Pace
 from tokenllm.routing.past_future import PastFuture
 from tokenllm.routing.tokenllm import TokenLLM
+from tokenllm.simulate.flags import POLICIES
 from tokenllm.simulate.oracle import FirstComeOracle, Oracle
 from tokenllm.simulate.workload import Workload
-
-ORACLE = "oracle"
-FIRST_COME_ORACLE = "oracle-fcfs"
-POLICIES = ("conservative", "lightllm", "past-future", "tokenllm")
 
 KindOf = Callable[[int, int], int]
 
@@ -35,7 +32,7 @@ def make(name: str, work: Workload, pace: Pace, capacity: int, seed: int) -> tup
             return Oracle(work.length, pace, capacity), _all_alike
         case "oracle-fcfs":
             return FirstComeOracle(work.length), _all_alike
-    raise ValueError(f"--policy {name}: there are {', '.join(POLICIES)} and {ORACLE}")
+    raise ValueError(f"--policy {name}: there are {', '.join(POLICIES)}")
 
 
 def _all_alike(group: int, max_tokens: int) -> int:
