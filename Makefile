@@ -21,7 +21,7 @@ TOKENLLM = $(PIP) --no-build-isolation -e
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help serve test test-slow check load bench-cpu bench-ring bench-host bench-gpu lock clean
+.PHONY: help serve test test-slow check load bench-cpu bench-ring bench-host bench-gpu router-report lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -58,6 +58,9 @@ bench-host: $(VENV)/.load ## what a step costs the scheduler's process beside th
 
 bench-gpu: $(VENV)/.load ## measure the CUDA engine: BENCH=kernels, steps, offline, prefill, idle, serving or startup (ARGS="-h")
 	PYTHONPATH=load_tests $(BIN)/python load_tests/gpu/bench_$(or $(BENCH),kernels).py $(ARGS)
+
+router-report: $(VENV)/.load ## every scheduling policy on every load, into docs/scheduling.md (TRACES=folder of full traces)
+	$(BIN)/python load_tests/router_report.py $(if $(TRACES),--traces $(TRACES)) $(ARGS)
 
 lock: ## resolve every dependency anew and write constraints.txt (with the oldest Python, so that it fits all)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make lock wants PYTHON=python3.11" >&2; exit 1; }

@@ -18,8 +18,9 @@ from tokenllm.routing.lengths import Lengths
 from tokenllm.routing.past_future import PastFuture
 from tokenllm.routing.router import Router
 from tokenllm.routing.tokenllm import TokenLLM
-from tokenllm.simulate import mixes, policies
+from tokenllm.simulate import mixes
 from tokenllm.simulate.command import MOST_RUNNING, TARGET_S, default_capacity, load, overloading_rate, run
+from tokenllm.simulate.flags import FIRST_COME_ORACLE, ORACLE, POLICIES
 from tokenllm.simulate.machine import Machine
 from tokenllm.simulate.results import Row, row
 from tokenllm.simulate.server import Server
@@ -27,7 +28,7 @@ from tokenllm.simulate.server import Server
 ROOT = Path(__file__).parent.parent
 DOCUMENT, FRONTIER = ROOT / "docs/scheduling.md", ROOT / "docs/figures/scheduling-frontier.png"
 BEGIN, END = "<!-- table: make router-report -->", "<!-- end of table -->"
-NAMES = (*policies.POLICIES, policies.FIRST_COME_ORACLE, policies.ORACLE)
+NAMES = (*POLICIES, FIRST_COME_ORACLE, ORACLE)
 CAUTIONS = (0.5, 1.0, 1.3, 1.7, 2.0, 2.5)
 RESERVES = (0.0, 0.03, 0.08, 0.15)
 SEED = 1
@@ -49,7 +50,9 @@ def main() -> None:
         draw([each.result() for each in points])
     write(tables)
     if flags.json:
-        flags.json.write_text(json.dumps({name: msgspec.to_builtins(rows) for name, _, rows in tables}, indent=1) + "\n")
+        flags.json.write_text(
+            json.dumps({name: msgspec.to_builtins(rows) for name, _, rows in tables}, indent=1) + "\n"
+        )
     print(f"{DOCUMENT} and {FRONTIER} in {time.monotonic() - began:.0f} s")
 
 
@@ -121,7 +124,11 @@ def draw(points: list[tuple[str, float, float, float]]) -> None:
         axes.plot([100 * share for share in pauses], [100 * use for use in uses], "o-", label=name)
         for value, use, share in zip(values, uses, pauses, strict=True):
             axes.annotate(f"{value:g}", (100 * share, 100 * use), textcoords="offset points", xytext=(5, -9))
-    axes.set(xlabel="requests paused, %", ylabel="memory use, %", title="dist1 to dist3: z of tokenllm, reserve of past-future")
+    axes.set(
+        xlabel="requests paused, %",
+        ylabel="memory use, %",
+        title="dist1 to dist3, by z and by reserve",
+    )
     axes.legend()
     figure.savefig(FRONTIER, dpi=110)
 

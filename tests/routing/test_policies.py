@@ -1,3 +1,5 @@
+import timeit
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 
 from tokenllm.routing.columns import Columns
 from tokenllm.routing.conservative import WorstCase
+from tokenllm.routing.first_come import FirstCome
 from tokenllm.routing.lengths import Lengths, bins
 from tokenllm.routing.lightllm import LightLLM
 from tokenllm.routing.pace import Pace
@@ -181,13 +184,61 @@ def test_a_step_never_takes_more_than_is_free(
     running: list[tuple[int, int, int]], waiting: list[tuple[int, int, int]], free: int
 ) -> None:
     for policy in (WorstCase(), LightLLM(), PastFuture(), policy_of(5000)):
-        now, queue = columns(running, running=True), columns(waiting)
+        now = columns(running, running=True)
+        queue = columns(
+            waiting, unread=[max(1, prompt - prompt // 2) for prompt, _, _ in waiting]
+        )  # half of each cached
         decision = Router(policy, PACE, 256).decide(0.0, now, queue, free)
         given_back = int(now.held[decision.pause].sum())
-        assert decision.tokens.sum() <= free + given_back or len(decision.pause) == len(running) - 1
+        taken = int(decision.tokens.sum() + queue.held[decision.admit].sum())
+        assert taken <= free + given_back or len(decision.pause) == len(running) - 1
         assert len(decision.tokens) == len(running) + len(decision.admit)
         assert len(set(decision.admit.tolist())) == len(decision.admit)
         assert not (len(decision.pause) and len(decision.admit))
+
+
+class Reckless(FirstCome):
+    """Admits everybody."""
+
+    def admits(self, running: Columns, candidates: Columns, room: float) -> int:
+        return len(candidates)
+
+
+def test_a_prefix_hit_takes_from_what_is_free() -> None:
+    now, waiting = columns([(50, 5, 90)] * 10, running=True), columns([(100, 0, 50)], unread=[40])
+    decision = Router(Reckless(), PACE, 256).decide(0.0, now, waiting, 100)
+    assert decision.admit.tolist() == [0]
+    assert decision.tokens.tolist() == [1] * 10 + [30], "60 of its tokens are pinned, 10 are the streams'"
+
+
+def test_as_few_as_needed_are_paused_and_the_last_come_first() -> None:
+    now = columns([(50, 5, 90), (60, 5, 90), (2, 2, 90)], running=True)
+    decision = Router(Reckless(), PACE, 256).decide(0.0, now, columns([(1, 0, 5)]), 0)
+    assert decision.pause.tolist() == [2], "its three slots do for the next tokens of two"
+    assert decision.tokens.tolist() == [1, 1, 0]
+    assert not len(decision.admit)
+
+
+def test_tokenllm_pauses_the_cheapest_that_makes_room_for_a_while() -> None:
+    policy = policy_of(10_000)
+    running = columns([(5000, 10, 256), (1500, 10, 256), (100, 10, 256)], running=True)
+    assert policy.victims(running).tolist() == [1, 0, 2]
+
+
+@pytest.mark.slow
+def test_a_decision_takes_150_us() -> None:
+    random = np.random.default_rng(0)
+    policy = policy_of(400_000)
+    kind = policy.lengths.kind(-1, 256)
+    for length in random.integers(1, 256, 2000):
+        policy.lengths.learn(kind, int(length))
+    now = columns(
+        [(int(p), int(p) % 200, 256) for p in random.integers(50, 2000, 256)], running=True, kind=[kind] * 256
+    )
+    waiting = columns([(int(p), 0, 256) for p in random.integers(50, 2000, 1000)], kind=[kind] * 1000)
+    router = Router(policy, PACE, 512)
+    assert len(router.decide(1.0, now, waiting, 40_000).admit)
+    assert min(timeit.repeat(lambda: router.decide(1.0, now, waiting, 40_000), number=1, repeat=300)) < 150e-6
 
 
 def test_prompts_are_read_in_chunks_that_leave_the_streams_their_pace() -> None:
