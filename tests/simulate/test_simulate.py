@@ -158,5 +158,26 @@ def test_a_trace_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: s
         read(path)
 
 
+def test_block_ids_may_be_hashes_of_any_size_and_may_be_missing(tmp_path: Path) -> None:
+    first = {"timestamp": 0, "input_length": 1500, "output_length": 20, "hash_ids": [10**30, 7, -8]}
+    second = first | {"timestamp": 900, "hash_ids": [10**30, 7, 9]}
+    third = {"timestamp": 2000, "input_length": 5, "output_length": 0}
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (first, second, third)))
+    work = read(path)
+    assert [ids.tolist() for ids in work.blocks] == [[0, 1, 2], [0, 1, 3], []]
+    assert work.group[0] == work.group[1] != work.group[2] == -1
+    result, books = run("tokenllm", work, Machine(), 4000, 0)
+    assert books.first_token_s[1] < 0.6 * books.first_token_s[0]
+    assert result.refused_share == 0
+
+
+def test_nobody_fits(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    flags = ["--policy", "tokenllm", "--rate", "1", "--requests", "20", "--capacity", "10", "--json", str(out)]
+    assert cli.main(["simulate", "--trace", str(AZURE), *flags]) == 0
+    assert [row["refused_share"] for row in json.loads(out.read_text())] == [1, 1]
+
+
 def test_a_step_clock_counts() -> None:
     assert StepClock().decode_steps_s(3, 10, 4).sum() == 4

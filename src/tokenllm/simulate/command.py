@@ -103,6 +103,8 @@ def table(rows: Sequence[Row]) -> Table:
 def _write(path: Path, rows: Sequence[Row], runs: dict[str, Books], capacity: int, title: str) -> None:
     path.write_text(json.dumps(msgspec.to_builtins(rows), indent=1) + "\n")
     try:
-        figures.draw(runs, capacity, title, path.with_suffix(".png"))
+        served = {name: books for name, books in runs.items() if books.steps}
+        if served:
+            figures.draw(served, capacity, title, path.with_suffix(".png"))
     except ModuleNotFoundError:
         print("tokenllm: no picture, matplotlib is not installed (the load extra brings it)", file=sys.stderr)

@@ -37,9 +37,8 @@ class Books:
     most_tokens: int = 0
     seconds: float = 0.0
     decisions: int = 0
-    timeline: list[tuple[float, float, int, int, int]] = field(
-        default_factory=list
-    )  # from, for, used, running, waiting
+    # from when, for how long, tokens in use, requests that ran, that waited
+    timeline: list[tuple[float, float, int, int, int]] = field(default_factory=list)
 
 
 class Server:
@@ -58,9 +57,7 @@ class Server:
         self._private = np.zeros(count, np.int64)  # tokens held outside the prefix cache
         self._running: Ints = np.zeros(0, np.int64)
         self._waiting: Ints = np.zeros(0, np.int64)
-        self._hit = np.zeros(
-            (count, 2), np.int64
-        )  # of each prompt: tokens in the cache, and locked, when last looked up
+        self._hit = np.zeros((count, 2), np.int64)  # tokens of each prompt in the cache, and locked, when last seen
         self._reads = np.ones(count, bool)  # since its admission it has not got a token
         self._changed = True  # since the last decision somebody came, went, or got a first token
         self._arrived = self._looked = 0

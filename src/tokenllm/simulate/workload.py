@@ -90,7 +90,7 @@ def read(path: Path) -> Workload:
         most,
         np.array(times, float),
         _groups(blocks),
-        [np.array(ids, np.int64) for ids in blocks] if any(blocks) else None,
+        _numbered(blocks) if any(blocks) else None,
     )
 
 
@@ -134,6 +134,12 @@ def _tokens(row: dict[str, str | int], prompt: str, length: str) -> tuple[int, i
     return counts
 
 
+def _numbered(blocks: list[list[int]]) -> list[Ints]:
+    """Ids may be hashes of any size: the blocks, counted from 0."""
+    numbers: dict[int, int] = {}
+    return [np.array([numbers.setdefault(block, len(numbers)) for block in ids], np.int64) for ids in blocks]
+
+
 def _groups(blocks: list[list[int]]) -> Ints:
     """Requests whose first block is the same belong together."""
-    return np.array([ids[0] if ids else -1 for ids in blocks], np.int64)
+    return np.array([abs(ids[0]) % (1 << 62) if ids else -1 for ids in blocks], np.int64)
