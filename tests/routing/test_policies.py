@@ -126,6 +126,16 @@ def test_an_application_of_its_own_is_told_apart_and_a_new_one_leans_on_its_clas
     assert lengths.kind(8, 1000) == everybody
 
 
+def test_a_class_that_is_new_leans_on_all_others() -> None:
+    lengths = Lengths()
+    known = lengths.kind(-1, 1000)
+    for _ in range(300):
+        lengths.learn(known, 20)
+    new = lengths.kind(-1, 4000)
+    lengths.refresh(np.zeros(0, int), np.zeros(0, int))
+    assert lengths.mean[new] < 100 < 4000
+
+
 def test_lengths_survive_a_restart(tmp_path) -> None:
     lengths = Lengths()
     kind = [lengths.kind(3, 500) for _ in range(20)][-1]

@@ -37,7 +37,7 @@ class Lengths:
         S(b) = Π_{c<b} (1 - h(c))        h(c) = (ended in c + w·h_parent(c)) / (reached c + w)
 
     Those still running have reached their bins without ending there: a young history is not fooled by the short
-    answers that come first. The classes' own parent is a guess: PRIOR_PACE of the hazard of lengths uniform up to
+    answers that come first. The root's own parent is a guess: PRIOR_PACE of the hazard of lengths uniform up to
     `max_tokens`, so that before anything is known nearly everybody is taken to use all of it.
     """
 
@@ -63,6 +63,7 @@ class Lengths:
             parent = self._new_row((-1, size), 0)
         if max_tokens > self._longest[parent]:
             self._longest[parent] = max_tokens
+            self._longest[0] = max(self._longest[0], max_tokens)
             self._stale = True
         if group >= 0 and len(self._seen) < MOST_ROWS * 64:
             self._seen[group, size] = seen = self._seen.get((group, size), 0) + 1
@@ -112,8 +113,8 @@ class Lengths:
         at_risk = (ended + running)[:, ::-1].cumsum(1)[:, ::-1]
         hazard = np.empty_like(ended)
         for row, parent in enumerate(self._parents):
-            above = hazard[parent] if parent > 0 else self._uniform(self._longest[row])
-            weight = LEAN if parent > 0 else PRIOR
+            above = hazard[parent] if parent >= 0 else self._uniform(self._longest[row])
+            weight = LEAN if parent >= 0 else PRIOR
             hazard[row] = (ended[row] + weight * above) / (at_risk[row] + weight)
         return hazard
 
@@ -141,5 +142,6 @@ class Lengths:
             lengths._longest[row] = entry["longest"]
             lengths._ended[row] = entry["ended"]
             if group < 0:
+                lengths._longest[0] = max(lengths._longest[0], entry["longest"])
                 lengths._ended[0] += entry["ended"]
         return lengths
