@@ -35,7 +35,7 @@ STEPS = {
     ("chat", "past-future"): 6_638,
     ("chat", "oracle-fcfs"): 6_318,
 }
-SLOW = {("dist1", "past-future"), ("dist2", "past-future")}
+SLOW = {("dist1", "past-future"), ("dist2", "past-future"), ("dist3", "past-future")}
 
 
 @pytest.mark.parametrize(
