@@ -213,8 +213,8 @@ def is_whole(house: House) -> bool:
 def is_idle(house: House) -> bool:
     numbers = house.metrics()
     busy = ("requests_running", "requests_waiting", "kv_tokens_active")
-    free, capacity = (numbers[f"tokenllm_kv_tokens_{name}"] for name in ("free", "capacity"))
-    return not any(numbers[f"tokenllm_{name}"] for name in busy) and free == capacity
+    free, cached, capacity = (numbers[f"tokenllm_kv_tokens_{name}"] for name in ("free", "cached", "capacity"))
+    return not any(numbers[f"tokenllm_{name}"] for name in busy) and free + cached == capacity
 
 
 def descriptors(house: House) -> tuple[int, int]:
