@@ -26,13 +26,11 @@ from tokenllm.engine.batch import Plan, Sampled
 from tokenllm.engine.cuda_runner import Staging
 from tokenllm.engine.runner import Runner
 from tokenllm.engine.start import Engine, start_engine
-from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import Inbound, Midway, Ready, Sampling, Step, Submit
 from tokenllm.models.weights import Track
 from tokenllm.ring import Receiver, Sender
-from tokenllm.routing.policy import Conservative
+from tokenllm.scheduler.__main__ import scheduler_for
 from tokenllm.scheduler.loop import Loop
-from tokenllm.scheduler.scheduler import Scheduler
 
 R = TypeVar("R")
 Pair: TypeAlias = tuple[float | None, float | None]  # p50 and p99; none of nothing
@@ -225,18 +223,7 @@ class Drive:
     def __init__(self, started: Started) -> None:
         engine = started.engine
         self.meter, self.ends = Meter(), LocalEnds()
-        scheduler = Scheduler(
-            TokenMemory(engine.kv_tokens),
-            Conservative(engine.kv_tokens),
-            rows=engine.batch.rows,
-            max_positions=engine.max_model_len,
-            prefill_chunk_tokens=engine.batch.prompt_tokens,
-            most_chunks=engine.runner.most_chunks,
-            most_context_tokens=engine.runner.most_context_tokens,
-            max_queued_requests=1 << 20,
-            max_queued_tokens=1 << 30,
-            eos_ids=engine.eos_ids,
-        )
+        scheduler = scheduler_for(ServeConfig(max_queued_requests=1 << 20, max_queued_tokens=1 << 30), engine)
         for phase in ("accept", "plan", "settle"):
             self.meter.watch(scheduler, phase)
         self.meter.watch(self.ends, "send")

@@ -401,3 +401,12 @@ def test_what_is_cached_gives_way() -> None:
     assert read(books, runner)[0] == 1
     books.accept(request(0, prompt=30))
     assert read(books, runner)[0] == 30
+
+
+def test_what_is_not_a_number_is_not_kept_for_others() -> None:
+    books = scheduler()
+    books.accept(request(1, prompt=10, max_tokens=9))
+    books.settle(books.plan(), sampled(8))
+    books.settle(books.plan(), sampled(9))
+    assert books.settle(books.plan(), sampled(-1)).finished == (FINISHED["error"],)
+    assert (books.memory.active, books.memory.cached) == (0, 10)

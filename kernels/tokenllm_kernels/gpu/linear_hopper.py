@@ -8,13 +8,14 @@ writes weights; so memory is busy while attention and norms run. The inputs foll
 tensor cores are done with makes room for the next. Where CTAs share a row block, partial sums go through memory and the
 last to arrive adds them in the order of their tiles.
 
-The weight is the left operand, so its rows fill the large side of the instruction and the tokens the small one. Every
-use of Gluon stands in this file; `is_available` tells whether the installed Triton and the device can run it.
+The weight is the left operand, so its rows fill the large side of the instruction and the tokens the small one. Gluon
+is used here and in `prefill_hopper.py` alone; `is_available` tells whether the installed Triton and the device can run
+it.
+
+Not in the engine: it has been compiled for Hopper, and played on a CPU by a model of the hardware, but not yet run on a
+GPU (`load_tests/gpu/check_linear_hopper.py` does). `linear.py` is what serves.
 """
 
-# Gluon gives a type checker nothing to go by
-# pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false, reportCallIssue=false
-# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAssignmentType=false
 from dataclasses import dataclass
 from functools import cache
 

@@ -5,19 +5,17 @@
     warpgroup 1           │ S1, O0 │ S2, O1 │ …      rows 64 … 127: both on the tensor cores while softmax makes P of S
 
 The two warpgroups issue their products in turns, so that one computes its softmax while the other multiplies (the
-design of FlashAttention-3, Shah et al., 2024). Every use of Gluon stands in this file; `is_available` tells whether the
-installed Triton and the device can run it.
+design of FlashAttention-3, Shah et al., 2024). Gluon is used here and in `linear_hopper.py` alone; `is_available` tells
+whether the installed Triton and the device can run it.
 """
 
-# Gluon gives a type checker nothing to go by
-# pyright: reportPossiblyUnboundVariable=false, reportIndexIssue=false, reportCallIssue=false
-# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAssignmentType=false
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tokenllm_kernels.gpu.decode_attention import LOG2_E
 from tokenllm_kernels.gpu.device import is_hopper
 
 try:
@@ -37,7 +35,6 @@ except ImportError:
     HAS_GLUON = False
 
 BLOCK_M = 128  # query rows of a program: two warpgroups of 64
-LOG2_E = 1.4426950408889634
 LAUNCH_REGISTERS = 168  # of 65536, for each of 384 threads; the warpgroups then share them out anew
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tokenllm.engine.batch import Chunk, Logprob, Plan, Sampled
 from tokenllm.engine.device_step import DeviceStep
-from tokenllm.engine.graphs import Graphs, Progress, StepShape
+from tokenllm.engine.graphs import Graphs, StepShape
+from tokenllm.models.weights import Progress
 from tokenllm_kernels import top_logprobs
 from tokenllm_kernels.gpu.device import on_compilation
 from tokenllm_kernels.gpu.inputs import CONTEXT_ALIGNMENT, COUNTS, StepLayout

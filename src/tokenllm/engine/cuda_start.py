@@ -5,9 +5,10 @@ from triton.runtime.errors import OutOfResources
 
 from tokenllm.engine.cuda_runner import CudaRunner
 from tokenllm.engine.device_step import DeviceStep, Limits
-from tokenllm.engine.graphs import LEAST_CHUNKS, TOKENS_PER_CHUNK, Progress
+from tokenllm.engine.graphs import LEAST_CHUNKS, TOKENS_PER_CHUNK
 from tokenllm.engine.runner import warm_up
 from tokenllm.models.decoder import Decoder
+from tokenllm.models.weights import Progress
 from tokenllm_kernels import LogitsRule
 
 MOST_CHUNKS = 128

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from tokenllm.engine.device_step import DeviceStep
-from tokenllm.models.weights import Track
+from tokenllm.models.weights import Progress
 
 Kind: TypeAlias = tuple[str, int]  # mixed, decode or head, and its size
-Progress: TypeAlias = Callable[[str], Track[int]]  # by what is being done
 
 TOKENS_PER_CHUNK = 32  # graphs of mixed steps hold a chunk for as many tokens: one without work costs programs, too
 LEAST_CHUNKS = 8

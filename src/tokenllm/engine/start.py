@@ -1,11 +1,11 @@
 """From a model path to a warm runner: device and precision, weights, KV memory sized from what is free."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -14,12 +14,10 @@ from tokenllm.config import CPU_CHUNK, CPU_RUNNING, CUDA_CHUNK, CUDA_RUNNING, Se
 from tokenllm.engine.runner import CpuRunner, Runner, warm_up
 from tokenllm.host_memory import available_bytes
 from tokenllm.models.decoder import Decoder
-from tokenllm.models.weights import Precision, Track, load_decoder, open_weights
+from tokenllm.models.weights import Precision, Progress, load_decoder, open_weights
 from tokenllm_kernels import LogitsRule
 
 KV_SHARE_OF_MEMORY = 0.5  # of what is free once the weights are loaded; the rest is for activations and for others
-
-Progress: TypeAlias = Callable[[str], Track[int]]  # by what is being done
 
 
 class DeviceFault(Exception):

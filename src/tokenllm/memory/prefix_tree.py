@@ -1,26 +1,27 @@
 """What has been computed before, by its token ids: a radix tree per realm, at token granularity. A node owns the slots
 of its edge's tokens. The tree is a book: `TokenMemory` gives it slots to keep and takes them back.
 
-The life of a request, as a scheduler enters it:
+The life of a request, as the scheduler enters it:
 
-    look = tree.look(realm, prompt)                  # waiting; look.coming tokens are being computed: hold it back?
-    match = tree.match(realm, prompt)                # admitted: its row begins with match.slots, computed already
-    tree.lock(node := match.node); tree.announce(uid, realm, prompt)
-    entry = tree.insert(realm, prompt[:end], slots)  # a step that reads the prompt up to `end` is planned; at once:
-    tree.lock(entry.node); tree.unlock(node)         #   the lock moves down, the new one first; node = entry.node
-    slots = entry.slots; memory.give_back(entry.surplus)  # its row is rewritten, here and in the next plan
-    tree.withdraw(uid)                               # the prompt is planned to its end; or a pause or abort came first
+    match = tree.match(realm, prompt)                # its first tokens are planned: its row begins with match.slots
+    tree.lock(node := match.node)
+    if tree.known(realm, prompt[:end]) == shared:    # a step that reads up to `end` is planned, and nobody was quicker
+        entry = tree.insert(realm, prompt[:end], slots)
+        tree.lock(entry.node); tree.unlock(node)     # the lock moves down, the new one first; node = entry.node
     …                                                # it decodes: nothing to enter
-    entry = tree.insert(realm, ids, slots)           # finish, abort or pause: all tokens whose K and V are in memory
+    entry = tree.insert(realm, ids, slots)           # finish or abort: all tokens whose K and V are in memory
     tree.unlock(node); memory.give_back(entry.surplus)
 
-**Surplus.** Where the same tokens are cached already (by a twin that did not wait; and the last token of a prompt,
-which every twin computes), the tree keeps what it has, and the caller's own slots are surplus. Steps read slots through
-the request's row on the device, so a running request may give its surplus back only if the next plan writes the row
-anew before it computes: that plan and all later ones may use the slots for others, and earlier ones come earlier on the
-stream. Then no token is held twice, and what is locked is exactly what the running requests hold. A request whose row
-cannot be rewritten keeps `slots` as they are, locks `entry.node` all the same, and is told the same surplus again at
-its finish: as correct, but these tokens are held twice until then, and `TokenMemory.check` does not pass.
+A chunk can be shared as soon as it is planned, since whoever reads it is computed later on the same stream.
+
+**Surplus.** Where the same tokens are cached already (by a twin; and the last token of a prompt, which every twin
+computes), the tree keeps what it has, and the caller's own slots are surplus. Steps read slots through the request's
+row on the device, so a running request may give its surplus back only if the next plan writes the row anew before it
+computes. The scheduler rewrites no row: it inserts nothing that somebody else has shared meanwhile, so that no token
+is held twice.
+
+`look`, `announce` and `withdraw` tell a router what a waiting prompt would find, and what of it is on its way. No
+scheduler asks them yet.
 """
 
 from collections.abc import Hashable, Iterator

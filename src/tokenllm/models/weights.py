@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from tokenllm_kernels import Linear, in_half_range, kernels_for, prepare_linear,
 
 T = TypeVar("T")
 Track = Callable[[Iterable[T]], Iterable[T]]  # shows progress over what it passes on
+Progress: TypeAlias = Callable[[str], Track[int]]  # by what is being done
 
 
 @dataclass(frozen=True)

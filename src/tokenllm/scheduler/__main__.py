@@ -28,7 +28,7 @@ def main() -> None:
     inboxes = [Receiver[Inbound](fds, Inbound) for fds in birth.inboxes]
     outbox = Sender[Midway](birth.outbox)
     ready = Ready(birth.generation, engine.kv_tokens, engine.max_model_len)
-    loop = Loop(_scheduler(birth.config, engine), engine.runner, inboxes, outbox, Page(birth.page_fd), ready)
+    loop = Loop(scheduler_for(birth.config, engine), engine.runner, inboxes, outbox, Page(birth.page_fd), ready)
     gc.collect()
     gc.freeze()  # no collection walks again through what lives as long as the process: torch alone takes 100 ms
     try:
@@ -52,7 +52,7 @@ def _load(config: ServeConfig, path: Path) -> Engine:
         sys.exit(f"tokenllm: the model cannot be served: {error}")
 
 
-def _scheduler(config: ServeConfig, engine: Engine) -> Scheduler:
+def scheduler_for(config: ServeConfig, engine: Engine) -> Scheduler:
     return Scheduler(
         TokenMemory(engine.kv_tokens),
         Conservative(engine.kv_tokens),

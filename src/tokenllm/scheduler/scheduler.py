@@ -137,7 +137,7 @@ class Scheduler:
             self._finish(uid)
         return [_last_words(known, "abort")] if known else []
 
-    def _finish(self, uid: int) -> None:
+    def _finish(self, uid: int, *, broken: bool = False) -> None:
         request = self._requests.pop(uid)
         self._may_admit = True
         if request.row is None:
@@ -146,11 +146,13 @@ class Scheduler:
             return
         if not self.rows.decodes[request.row]:
             self._reading.remove(request)
-        self._give_back(request, request.row)
+        self._give_back(request, request.row, broken)
 
-    def _give_back(self, request: Request, row: int) -> None:
-        """What the row holds, but for what the prefix tree keeps of it."""
+    def _give_back(self, request: Request, row: int, broken: bool) -> None:
+        """What the row holds, but for what the prefix tree keeps of it: of a broken one what it shared before."""
         ids, slots = self.rows.written(row)
+        if broken:
+            ids, slots = ids[: request.shared_tokens], slots[: request.shared_tokens]
         beyond = self.rows.held(row)[len(slots) :].copy()  # computed past the end, or never to be known
         surplus = self.memory.prefixes.insert(request.realm, ids, slots).surplus if len(ids) else NO_SLOTS
         if request.node:
@@ -223,7 +225,7 @@ class Scheduler:
         cached = tuple(self.rows.cached[rows].tolist())
         finished, valid = self._finished(rows, tokens), tokens >= 0
         for place in finished.nonzero()[0]:
-            self._finish(uids[place])
+            self._finish(uids[place], broken=bool(tokens[place] < 0))
         return Step(
             uids=uids,
             counts=tuple(valid.view(np.int8).tolist()),
