@@ -47,6 +47,7 @@ class Submit(Message, frozen=True):
     cache_salt: str = ""  # a tenant's own word for who may share
     adapter: str | None = None  # refused for now
     media: bytes | None = None  # refused for now
+    priority: int = 0  # higher goes first
 
 
 class Abort(Message, frozen=True):
@@ -104,6 +105,7 @@ class Refused(Message, frozen=True):
     status: int
     code: str
     message: str
+    retry_after_s: int = 0  # 0: trying again is no use, or nobody knows when
 
 
 class TokenText(msgspec.Struct, frozen=True, array_like=True):

@@ -217,7 +217,7 @@ def _unsent(error: RingFull | FrameTooLarge) -> ApiError:
 
 def _refusal(refused: Refused) -> ApiError:
     status = refused.status if refused.status in TYPES else 500
-    headers = {"retry-after": "1"} if status in (429, 503) else {}
+    headers = {"retry-after": str(refused.retry_after_s or 1)} if status in (429, 503) else {}
     return ApiError(status, refused.message, refused.code, headers=headers)
 
 

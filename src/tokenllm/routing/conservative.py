@@ -11,6 +11,8 @@ class WorstCase(FirstCome):
     """
 
     def admits(self, running: Columns, candidates: Columns, room: float) -> int:
-        reserved = (running.prompt + running.max_tokens - 1 - running.shared).sum()
-        after = reserved + (candidates.prompt + candidates.max_tokens - 1 - candidates.shared).cumsum()
+        after = self.peak(running) + (candidates.prompt + candidates.max_tokens - 1 - candidates.shared).cumsum()
         return int((after <= room).sum())
+
+    def peak(self, running: Columns) -> float:
+        return float((running.prompt + running.max_tokens - 1 - running.shared).sum())

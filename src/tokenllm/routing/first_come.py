@@ -34,6 +34,14 @@ class Policy(Protocol):
 
     def learn(self, kind: int, length: int) -> None: ...
 
+    def kind(self, group: int, max_tokens: int) -> int:
+        """What a request is, as far as its length can be told from its application (-1: unknown) and `max_tokens`."""
+        ...
+
+    def peak(self, running: Columns) -> float:
+        """The most tokens that those who run are expected to hold together, each shared one left out."""
+        ...
+
 
 class FirstCome:
     """Serves in the order of arrival and pauses whoever came last."""
@@ -57,3 +65,10 @@ class FirstCome:
 
     def learn(self, kind: int, length: int) -> None:
         pass
+
+    def kind(self, group: int, max_tokens: int) -> int:
+        return 0
+
+    def peak(self, running: Columns) -> float:
+        """Who predicts nothing expects what there is."""
+        return float(running.whole.sum())

@@ -32,6 +32,9 @@ class LightLLM(FirstCome):
                 return count - 1
         return len(candidates)
 
+    def peak(self, running: Columns) -> float:
+        return peak(running.whole + 1, self._steps(running, busy=False))
+
     def _steps(self, requests: Columns, busy: bool) -> Ints:
         most = requests.max_tokens
         if not busy:

@@ -6,8 +6,10 @@ import numpy as np
 
 from tokenllm.routing.columns import Columns, Floats, Ints
 
+SLOWDOWN = 3.0  # a slow machine's step may take so many times what its streams alone take, whatever the target
 
-@dataclass(frozen=True)
+
+@dataclass
 class Pace:
     """A step takes  step + per_held·(tokens held by the decoding) + per_decode·(decodes) + per_read·(tokens read)."""
 
@@ -20,12 +22,14 @@ class Pace:
     most_chunk: int = 8192
 
     def chunk(self, running: Columns) -> int:
-        """The prompt tokens that fit into the next step beside the running streams."""
+        """The prompt tokens that fit into the next step beside the running streams; without any, as many as may be."""
         decodes = running.decodes
-        streams_s = self.step_s + self.per_held_s * float(running.held[decodes].sum())
-        streams_s += self.per_decode_s * int(np.count_nonzero(decodes))
-        fits = int((self.target_s - streams_s) / self.per_read_s)
-        return max(self.least_chunk, min(self.most_chunk, fits))
+        count = int(np.count_nonzero(decodes))
+        if not count:
+            return self.most_chunk
+        streams_s = self.step_s + self.per_held_s * float(running.held[decodes].sum()) + self.per_decode_s * count
+        fits = int((max(self.target_s, SLOWDOWN * streams_s) - streams_s) / self.per_read_s)
+        return min(self.most_chunk, max(self.least_chunk, fits))
 
     def service_s(self, unread: Ints, tokens: Ints, length: Floats, capacity: int) -> Floats:
         """What a request takes of the machine to its end: reading, and decoding with its share of a full memory.

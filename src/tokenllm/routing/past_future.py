@@ -4,7 +4,7 @@ import numpy as np
 
 from tokenllm.routing.columns import Columns, Floats
 from tokenllm.routing.first_come import FirstCome
-from tokenllm.routing.peaks import peaks
+from tokenllm.routing.peaks import peak, peaks
 
 WINDOW = 1000
 RESERVE = 0.03
@@ -41,6 +41,9 @@ class PastFuture(FirstCome):
             if peaks(tokens, steps).max() >= room * self._share:
                 return count
         return len(candidates)
+
+    def peak(self, running: Columns) -> float:
+        return peak(running.whole, self._draw(running, 1)[0]) if self._past else super().peak(running)
 
     def _draw(self, requests: Columns, draws: int) -> Floats:
         """Steps each still lives, [draws, requests]."""

@@ -23,13 +23,16 @@ class Router:
         self._pace = pace  # None: a prompt is read in one step, however long
         self._most_running = most_running
 
-    def decide(self, now: float, running: Columns, waiting: Columns, free_tokens: int) -> Decision:
-        """`free_tokens`: slots that nobody who runs holds, those of the prefix cache included."""
+    def decide(self, now: float, running: Columns, waiting: Columns, free_tokens: int, leaving: int = 0) -> Decision:
+        """`free_tokens`: slots that nobody who runs holds, those of the prefix cache included; `leaving`: requests
+        that are not among the running, because they want no more tokens, and have a row yet.
+        """
         streams = int(np.count_nonzero(running.decodes))
         if pause := self._pause(running, streams, free_tokens):
             return self._without(running, pause)
         budget = min(self._pace.chunk(running) if self._pace else UNBOUNDED, free_tokens - streams)
-        admit = self._admit(now, running, waiting, free_tokens, budget)
+        rows = self._most_running - len(running) - leaving
+        admit = self._admit(now, running, waiting, free_tokens, budget, rows) if rows > 0 else NOBODY
         pinned = int(waiting.held[admit].sum()) if len(admit) else 0  # prefix hits that were free until now
         tokens = self._tokens(running, waiting.unread[admit], min(budget, free_tokens - streams - pinned))
         if len(running) > 1 and not tokens.any():  # all are in the middle of a prompt, and there is no room to go on
@@ -62,13 +65,12 @@ class Router:
         self.policy.paused(running.take(places))
         return Decision(NOBODY, places, tokens)
 
-    def _admit(self, now: float, running: Columns, waiting: Columns, free_tokens: int, budget: int) -> Ints:
+    def _admit(self, now: float, running: Columns, waiting: Columns, free_tokens: int, budget: int, rows: int) -> Ints:
         """Candidates in their order, while this step has tokens to read left for them and the policy agrees."""
         left = budget - int(running.unread[~running.decodes].sum())
-        most = min(CANDIDATES, self._most_running - len(running))
-        if left <= 0 or most <= 0 or not len(waiting):
+        if left <= 0 or not len(waiting):
             return NOBODY
-        places = self.policy.order(now, running, waiting, most)
+        places = self.policy.order(now, running, waiting, min(CANDIDATES, rows))
         unread = waiting.unread[places]
         fits = waiting.whole[places].cumsum() <= free_tokens  # whatever a policy hopes
         candidates = waiting.take(places[(unread.cumsum() - unread < left) & fits])

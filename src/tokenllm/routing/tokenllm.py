@@ -47,6 +47,16 @@ class TokenLLM(ShortestService):
         highest = (means + self._z * np.sqrt(variances)).max(1)
         return int(np.logical_and.accumulate(highest <= room).sum())
 
+    def peak(self, running: Columns) -> float:
+        if not len(running):
+            return 0.0
+        self.lengths.refresh(running.kind, running.generated)
+        mean, variance = self.ahead(running)
+        return float((mean.sum(0) + self._z * np.sqrt(variance.sum(0))).max())
+
+    def kind(self, group: int, max_tokens: int) -> int:
+        return self.lengths.kind(group, max_tokens)
+
     def ahead(self, requests: Columns) -> tuple[Floats, Floats]:
         """Mean and variance of what each holds at the steps AHEAD, [requests, steps]."""
         left = requests.max_tokens - requests.generated
