@@ -21,6 +21,7 @@ TYPES: Final = {
     503: "server_error",
     505: "invalid_request_error",
 }
+RETRIED: Final = (429, 503)  # answers that say when to come again
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -37,7 +38,10 @@ class ErrorEnvelope(msgspec.Struct, frozen=True):
 
 
 class ApiError(Exception):
-    """An answer from 400 upwards. The message is shown to people: it names the field and the value."""
+    """An answer from 400 upwards. The message is shown to people: it names the field and the value.
+
+    One that asks to come again says when, in `retry-after`: after a second, unless `headers` know better.
+    """
 
     def __init__(
         self,
@@ -54,7 +58,7 @@ class ApiError(Exception):
         self.type = TYPES[status]
         self.param = param
         self.code = code
-        self.headers = headers or {}
+        self.headers = {**({"retry-after": "1"} if status in RETRIED else {}), **(headers or {})}
 
     def envelope(self) -> bytes:
         body = ErrorBody(message=self.message, type=self.type, param=self.param, code=self.code)
@@ -71,6 +75,6 @@ def unsupported(param: str, message: str) -> ApiError:
     return invalid(param, message, "unsupported_parameter")
 
 
-def busy(message: str, code: str = "overloaded", retry_after_s: int = 1) -> ApiError:
+def busy(message: str, code: str = "overloaded") -> ApiError:
     """No room now."""
-    return ApiError(503, message, code, headers={"retry-after": str(retry_after_s)})
+    return ApiError(503, message, code)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.requests import Request
 
 from tokenllm.checkpoint.description import SamplingDefaults
 from tokenllm.gateway.circuit import Circuit
-from tokenllm.gateway.gateway import Gateway, room, sampling
+from tokenllm.gateway.gateway import Gateway, room, sampling, tenant_of
 from tokenllm.gateway.reply import total_usage
 from tokenllm.messages import Finish, Ready
 from tokenllm_schemas.errors import ApiError
@@ -83,6 +84,17 @@ def test_a_seeded_prompt_says_the_same_in_any_batch() -> None:
     assert seeds([[1], [2]], n=3, seed=7) == [7, 8, 9] * 2
     unseeded = seeds([[1], [1]], n=2)
     assert len({*unseeded}) == 4, "the same prompt twice is answered in two ways"
+
+
+def test_a_tenant_is_who_shows_the_same_key() -> None:
+    def tenant(**headers: str) -> str:
+        raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+        return tenant_of(Request({"type": "http", "headers": raw}))
+
+    shown = [{"authorization": "Bearer a"}, {"authorization": "Bearer b"}, {"x_api_key": "a"}, {"x_api_key": "b"}, {}]
+    assert len({tenant(**headers) for headers in shown}) == len(shown)
+    assert tenant(x_api_key="a") == tenant(x_api_key="a", accept="*/*")
+    assert tenant() == tenant(authorization="") == ""
 
 
 def test_a_prompt_counts_once_however_many_choices_it_has() -> None:

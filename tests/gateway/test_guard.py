@@ -153,6 +153,41 @@ def test_keys(headers: list[bytes], let_in: bool) -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize(
+    ("authorization", "x_api_key", "let_in"),
+    [
+        ([], [b"right"], True),
+        ([], ["ключ".encode()], True),
+        ([b"Bearer wrong"], [b"right"], True),
+        ([b"Bearer right"], [b"wrong"], True),
+        ([], [b"wrong"], False),
+        ([], [b""], False),
+        ([], [b"Bearer right"], False),
+        ([], [b"right", b"right"], False),
+        ([b"Bearer wrong"], [b"wrong"], False),
+    ],
+)
+def test_keys_of_anthropics_clients(authorization: list[bytes], x_api_key: list[bytes], let_in: bool) -> None:
+    async def scenario() -> None:
+        given = [(b"authorization", value) for value in authorization] + [(b"x-api-key", value) for value in x_api_key]
+        client = await Client(Guard(Echo(), KEYS), headers=given).write().answered()
+        assert client.status == (200 if let_in else 401)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("status", [400, 408, 429, 500, 503])
+def test_who_shall_come_again_is_told_when(status: int) -> None:
+    async def scenario() -> None:
+        for headers, told in (({}, "1"), ({"retry-after": "7"}, "7")):
+            app = _raising(ApiError(status, "not now", "some_code", headers=headers))
+            client = await Client(Guard(app, [])).write().answered()
+            expected = told if headers or status in (429, 503) else None
+            assert client.headers.get("retry-after") == expected
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
 def test_health_needs_no_key(path: str) -> None:
     async def scenario() -> None:

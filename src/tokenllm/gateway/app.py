@@ -9,7 +9,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenllm.gateway import endpoints
-from tokenllm.gateway.endpoints import Endpoint
+from tokenllm.gateway.endpoints import Endpoint, Handler
 from tokenllm.gateway.gateway import Gateway
 from tokenllm.gateway.guard import Guard, wrong_method
 from tokenllm.gateway.openapi import document
@@ -68,22 +68,24 @@ ENDPOINTS = (
 
 def application(gateway: Gateway, keys: Iterable[str]) -> Guard:
     """All endpoints, behind the guard."""
-    routes = [Route(endpoint.path, _Answering(endpoint, gateway)) for endpoint in ENDPOINTS]
+    paths = dict.fromkeys(endpoint.path for endpoint in ENDPOINTS)
+    routes = [Route(path, _Answering([one for one in ENDPOINTS if one.path == path], gateway)) for path in paths]
     return Guard(Router(routes, redirect_slashes=False, default=_not_found), keys)
 
 
 class _Answering:
-    """One endpoint as an ASGI application: errors are left to the guard."""
+    """The endpoints of one path as an ASGI application: errors are left to the guard."""
 
-    def __init__(self, endpoint: Endpoint, gateway: Gateway) -> None:
-        self._endpoint = endpoint
+    def __init__(self, endpoints: Iterable[Endpoint], gateway: Gateway) -> None:
+        self._handlers: dict[str, Handler] = {endpoint.method: endpoint.handler for endpoint in endpoints}
+        if "GET" in self._handlers:
+            self._handlers["HEAD"] = self._handlers["GET"]
         self._gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        method = self._endpoint.method
-        if scope["method"] != method and (scope["method"], method) != ("HEAD", "GET"):
-            raise wrong_method(scope["method"], method)
-        answer = await self._endpoint.handler(self._gateway, Request(scope, receive))
+        if scope["method"] not in self._handlers:
+            raise wrong_method(scope["method"], self._handlers)
+        answer = await self._handlers[scope["method"]](self._gateway, Request(scope, receive))
         await answer(scope, receive, send)
 
 

@@ -35,7 +35,7 @@ Handler: TypeAlias = Callable[[Gateway, Request], Awaitable[ASGIApp]]
 class Endpoint:
     """One line of the table of endpoints: what the router and the OpenAPI document need to know."""
 
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "DELETE"]
     path: str
     handler: Handler
     summary: str

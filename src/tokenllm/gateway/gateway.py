@@ -114,8 +114,8 @@ class Gateway:
 
 def tenant_of(request: Request) -> str:
     """Whose request it is: whoever shows the same key, and who shows none."""
-    key = request.headers.get("authorization", "")
-    return sha256(key.encode()).hexdigest()[:32] if key else ""
+    keys = [request.headers[name] for name in ("authorization", "x-api-key") if request.headers.get(name)]
+    return sha256("\n".join(keys).encode()).hexdigest()[:32] if keys else ""
 
 
 def room(prompt_tokens: int, max_model_len: int, body: Generation) -> int:

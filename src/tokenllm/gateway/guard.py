@@ -24,7 +24,7 @@ STALL_S = 30.0
 LINGER_S = 2.0  # how long an unread body is thrown away, so that its sender gets to read the answer
 READY_PATH = "/health/ready"
 OPEN_PATHS = frozenset({"/health/live", READY_PATH})
-METHODS = frozenset({"GET", "HEAD", "POST"})
+METHODS = frozenset({"GET", "HEAD", "POST", "DELETE"})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 JSON = re.compile(rb"application/json\s*(;.*)?", re.IGNORECASE)
 
@@ -85,12 +85,12 @@ class Guard:
         if exchange.header(b"content-length") is not None and exchange.header(b"transfer-encoding") is not None:
             raise ApiError(400, "content-length and transfer-encoding exclude each other", "invalid_header")
         if scope["path"] not in OPEN_PATHS and not self._key_fits(exchange):
-            message = "missing or wrong API key; send it as 'Authorization: Bearer KEY'"
+            message = "missing or wrong API key; send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'"
             raise ApiError(401, message, "invalid_api_key", headers={"www-authenticate": "Bearer"})
         if self._open > MOST_REQUESTS and scope["path"] not in OPEN_PATHS:
             raise busy(f"{MOST_REQUESTS} requests are being answered already")
         if scope["method"] not in METHODS:
-            raise wrong_method(scope["method"], "GET, POST")
+            raise wrong_method(scope["method"], METHODS)
         if self.draining and (scope["method"] == "POST" or scope["path"] == READY_PATH):
             raise busy("the server is shutting down", "draining")
         if scope["method"] == "POST":
@@ -104,10 +104,9 @@ class Guard:
     def _key_fits(self, exchange: "Exchange") -> bool:
         if not self._keys:
             return True
-        scheme, _, key = (exchange.header(b"authorization") or b"").partition(b" ")
-        digest = sha256(key.strip()).digest()
-        fits = [hmac.compare_digest(digest, known) for known in self._keys]  # all of them: no early exit to time
-        return scheme.lower() == b"bearer" and any(fits)
+        digests = [sha256(key).digest() for key in exchange.offered_keys()]
+        fits = [hmac.compare_digest(one, known) for one in digests for known in self._keys]  # no early exit to time
+        return any(fits)
 
     def _check_post(self, exchange: "Exchange") -> None:
         if not JSON.fullmatch(exchange.header(b"content-type") or b""):
@@ -135,6 +134,12 @@ class Exchange:
         """The value of a header; None when it is absent, empty when it is there more than once."""
         values = [value for key, value in self.scope["headers"] if key == name]
         return values[0] if len(values) == 1 else b"" if values else None
+
+    def offered_keys(self) -> list[bytes]:
+        """What is offered as an API key: OpenAI's clients send it in one header, Anthropic's in another."""
+        scheme, _, bearer = (self.header(b"authorization") or b"").partition(b" ")
+        offered = [bearer.strip()] if scheme.lower() == b"bearer" else []
+        return [*offered, *filter(None, [self.header(b"x-api-key")])]
 
     async def read_body(self, hold: Callable[[int], None]) -> None:
         """The whole body, within its limits; `hold` is told of each part, and may refuse it."""
@@ -238,5 +243,7 @@ def _too_large() -> ApiError:
     return ApiError(413, message, "request_too_large", headers={"connection": "close"})
 
 
-def wrong_method(method: str, allowed: str) -> ApiError:
-    return ApiError(405, f"method {method} is not allowed here", "method_not_allowed", headers={"allow": allowed})
+def wrong_method(method: str, allowed: Iterable[str]) -> ApiError:
+    names = ", ".join(sorted(allowed))
+    message = f"method {method} is not allowed here; {names} would be"
+    return ApiError(405, message, "method_not_allowed", headers={"allow": names})
