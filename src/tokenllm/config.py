@@ -85,6 +85,7 @@ class GatewayBirth(msgspec.Struct, frozen=True):
     control_fd: int
     page_fds: tuple[int, ...]  # the pages of all processes
     own_page: int  # an index into them
+    responses_path: str  # of the store that the gateways share
 
 
 class SchedulerBirth(msgspec.Struct, frozen=True):

@@ -38,7 +38,7 @@ def test_the_clients_word_comes_first_then_the_models() -> None:
 
 def test_no_prompt_waits_for_what_is_done_aside() -> None:
     async def scenario() -> None:
-        gateway = Gateway(model=None, circuit=None, pages=(), max_queued_requests=0)  # type: ignore[arg-type]
+        gateway = Gateway(model=None, circuit=None, pages=(), max_queued_requests=0, responses=None)  # type: ignore[arg-type]
         over = threading.Event()
         aside = [asyncio.create_task(gateway.aside(over.wait)) for _ in range(3)]
         await asyncio.sleep(0)
@@ -78,7 +78,7 @@ def test_a_seeded_prompt_says_the_same_in_any_batch() -> None:
         circuit = Circuit(1, 7, page=None, on_ready=lambda ready: None)  # type: ignore[arg-type]
         circuit.ready = Ready(1, 1000, 100)
         model = SimpleNamespace(sampling=SamplingDefaults())
-        gateway = Gateway(model=model, circuit=circuit, pages=(), max_queued_requests=0)  # type: ignore[arg-type]
+        gateway = Gateway(model=model, circuit=circuit, pages=(), max_queued_requests=0, responses=None)  # type: ignore[arg-type]
         return [submit.sampling.seed for submit in gateway.submits(body(**fields), prompts, 0.0, "")]
 
     assert seeds([[1], [2]], n=3, seed=7) == [7, 8, 9] * 2

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import msgspec
 from tokenllm.config import GatewayBirth, ServeConfig
 from tokenllm.control import Attach, ControlMessage, Drain, Lost, ModelReady, Serving, ToSupervisor, channel, hear, tell
 from tokenllm.counters import Page, create_page
+from tokenllm.gateway.response_store import create_store
 from tokenllm.messages import (
     Abort,
     Delta,
@@ -66,7 +68,7 @@ class Speech:
 class Generation(threading.Thread):
     """Says a word of every completion in each step. Prompts that hold certain words are treated otherwise:
 
-    REFUSE is refused, FAIL ends with an error, SILENT says nothing until it is aborted.
+    REFUSE is refused, FAIL ends with an error, SILENT says nothing until it is aborted, STALL a word and then nothing.
     """
 
     def __init__(self, number: int, tokenizer: Tokenizer, step_s: float = STEP_S) -> None:
@@ -125,7 +127,10 @@ class Generation(threading.Thread):
             self._outbox.send(Texts((Delta(submit.uid, "so far ", 1),)))
             self._end(submit.uid, "error", 1)
         else:
-            self._speeches[submit.uid] = Silence(submit) if "SILENT" in prompt else Speech(submit)
+            if "STALL" in prompt:
+                self._outbox.send(Texts((Delta(submit.uid, "so far ", 1),)))
+            silent = "SILENT" in prompt or "STALL" in prompt
+            self._speeches[submit.uid] = Silence(submit) if silent else Speech(submit)
 
     def _end(self, uid: int, reason: str, spoken: int) -> None:
         finish = Finish(reason, 1, 0, spoken)  # type: ignore[arg-type]
@@ -149,6 +154,8 @@ class GatewayUnderTest:
         self._control, theirs = channel()
         self._page_fds = create_page(), create_page()
         self.scheduler_page, self.page = (Page(fd) for fd in self._page_fds)
+        self._folder = tempfile.TemporaryDirectory()
+        create_store(Path(self._folder.name, "responses"))
         birth = GatewayBirth(
             config=ServeConfig(**settings),  # type: ignore[arg-type]
             model_path=str(model),
@@ -160,6 +167,7 @@ class GatewayUnderTest:
             control_fd=theirs.fileno(),
             page_fds=self._page_fds,
             own_page=1,
+            responses_path=f"{self._folder.name}/responses",
         )
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tokenllm.gateway"],
@@ -213,6 +221,7 @@ class GatewayUnderTest:
             self.generation.die()
             self.generation.bury()
         self._control.close()
+        self._folder.cleanup()
         for fd in self._page_fds:
             os.close(fd)
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from hypercorn.asyncio import serve
@@ -18,6 +19,7 @@ from tokenllm.gateway.app import application
 from tokenllm.gateway.circuit import Circuit
 from tokenllm.gateway.gateway import Gateway
 from tokenllm.gateway.guard import STALL_S
+from tokenllm.gateway.response_store import ResponseStore
 from tokenllm.gateway.served_model import ServedModel
 from tokenllm.messages import Ready
 from tokenllm.process import die_with, read_birth
@@ -50,7 +52,9 @@ class Process:
         self._control.setblocking(False)
         pages = [Page(fd) for fd in birth.page_fds]
         self._circuit = Circuit(birth.slot, birth.incarnation, pages[birth.own_page], self._report)
-        gateway = Gateway(ServedModel.load(birth), self._circuit, pages, birth.config.max_queued_requests)
+        responses = ResponseStore(Path(birth.responses_path))
+        limit = birth.config.max_queued_requests
+        gateway = Gateway(ServedModel.load(birth), self._circuit, pages, limit, responses)
         self._guard = application(gateway, accepted_keys(birth.config))
         self._drain_asked = asyncio.Event()
         self._drained = asyncio.Event()

@@ -17,6 +17,7 @@ from tokenllm.checkpoint.description import SamplingDefaults
 from tokenllm.counters import Page, total
 from tokenllm.gateway.circuit import Circuit
 from tokenllm.gateway.reply import Head
+from tokenllm.gateway.response_store import ResponseStore
 from tokenllm.gateway.served_model import ServedModel
 from tokenllm.messages import Ready, Sampling, Submit
 from tokenllm_schemas.errors import ApiError, busy, invalid
@@ -36,6 +37,7 @@ class Gateway:
     circuit: Circuit
     pages: Sequence[Page]
     max_queued_requests: int
+    responses: ResponseStore
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "prompts"))
     spare_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "spare"))
 

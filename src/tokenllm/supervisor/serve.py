@@ -1,7 +1,8 @@
 """The supervisor's life: it starts the other processes, replaces those that die, and ends them all.
 
-Owns every child, the rings, the pages, the port and the control sockets. It has one thread, since a child's life is
-bound to the thread that spawned it, and sleeps until a child dies, a gateway speaks or a signal comes.
+Owns every child, the rings, the pages, the port, the control sockets and the file of stored responses. It has one
+thread, since a child's life is bound to the thread that spawned it, and sleeps until a child dies, a gateway speaks or
+a signal comes.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,6 +21,7 @@ from tokenllm.checkpoint.source import model_name, resolve
 from tokenllm.config import GatewayBirth, ServeConfig
 from tokenllm.control import Drain, Lost, ModelReady, Serving, channel
 from tokenllm.counters import GAUGES, Page, create_page
+from tokenllm.gateway.response_store import create_store
 from tokenllm.supervisor import StartError
 from tokenllm.supervisor.child import Child, exit_code, told
 from tokenllm.supervisor.generation import SCHEDULER, Generation
@@ -35,10 +38,13 @@ GATEWAY_PAGES = 3  # where they begin
 def serve(config: ServeConfig, scheduler_command: Sequence[str] = SCHEDULER) -> int:
     """Serve until a signal or a failure ends it; the exit code of the process."""
     try:
-        with contextlib.closing(reserve(config.host, config.port, config.gateway_processes)) as port:
+        with (
+            contextlib.closing(reserve(config.host, config.port, config.gateway_processes)) as port,
+            tempfile.TemporaryDirectory(prefix="tokenllm-") as folder,  # nobody else may look into it
+        ):
             path = resolve(config.model, say, weights=config.load_format != "dummy")
             name = config.served_model_name or model_name(config.model, path)
-            return Supervisor(config, path, name, port, scheduler_command).run()
+            return Supervisor(config, path, name, port, Path(folder), scheduler_command).run()
     except (StartError, CheckpointError) as error:
         say(str(error))
         return error.exit_code if isinstance(error, StartError) else 1
@@ -51,12 +57,20 @@ def say(text: str) -> None:
 
 class Supervisor:
     def __init__(
-        self, config: ServeConfig, model_path: Path, name: str, port: Port, scheduler_command: Sequence[str]
+        self,
+        config: ServeConfig,
+        model_path: Path,
+        name: str,
+        port: Port,
+        folder: Path,
+        scheduler_command: Sequence[str],
     ) -> None:
         self._config = config
         self._model_path = str(model_path)
         self._name = name
         self._port = port
+        self._responses_path = folder / "responses"
+        create_store(self._responses_path)
         self._scheduler_command = scheduler_command
         # ours, the scheduler's, the detokenizer's and the gateways'; they outlive processes: counters never go back
         self._page_fds = tuple(create_page() for _ in range(GATEWAY_PAGES + config.gateway_processes))
@@ -166,6 +180,7 @@ class Supervisor:
                 control_fd=theirs.fileno(),
                 page_fds=self._page_fds,
                 own_page=GATEWAY_PAGES + slot.number,
+                responses_path=str(self._responses_path),
             )
             return Gateway(birth, ours)
 
