@@ -4,7 +4,9 @@ in Triton's interpreter with small ones (float32 and float16: the interpreter mu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -191,6 +193,69 @@ def check_decode(
         assert error(out[: len(lengths)], truth) < BOUND[dtype]
         assert out[len(lengths) :].isnan().all()
         assert not plan.arrived.any()
+
+
+@random_cases
+@given(
+    groups=st.lists(
+        st.tuples(
+            st.integers(1, LONGEST),  # tokens that all share
+            st.lists(st.integers(1, 40), min_size=1, max_size=40 if ON_GPU else 6),  # tokens of each one's own
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    heads=st.sampled_from(HEADS),
+    programs=st.integers(1, 300 if ON_GPU else 9),
+    dtype=st.sampled_from(DTYPES),
+    shuffle=st.randoms(use_true_random=False),
+)
+def test_decode_attention_of_shared_prefixes(
+    groups: list[tuple[int, list[int]]], heads: tuple[int, int, int], programs: int, dtype: torch.dtype,
+    shuffle: Random, device: torch.device,
+) -> None:  # fmt: skip
+    check_shared(groups, *heads, programs, dtype, shuffle, device)
+
+
+def check_shared(
+    groups: list[tuple[int, list[int]]], heads: int, kv_heads: int, head_dim: int, programs: int, dtype: torch.dtype,
+    shuffle: Random, device: torch.device,
+) -> None:  # fmt: skip
+    """A group of one has nothing to share, and is done as any other sequence."""
+    from tokenllm_kernels.gpu.decode_attention import DecodePlan, DecodeTiling, decode_attention, plan_decode
+    from tokenllm_kernels.gpu.shared_prefix import PrefixLayout, PrefixPartials, prefix_attention, write_prefixes
+
+    sequences = [(group, shared + own) for group, (shared, owns) in enumerate(groups) for own in owns]
+    shuffle.shuffle(sequences)
+    lengths = [length for _, length in sequences]
+    pool, padded = Pool.of(lengths, kv_heads, head_dim, dtype, device), len(lengths) + 2
+    found = []
+    for group, (shared, owns) in enumerate(groups):
+        members = np.array([i for i, (theirs, _) in enumerate(sequences) if theirs == group], np.int32)
+        rows = [pool.rows[i] for i in members]
+        pool.index[rows, :shared] = pool.index[rows[0], :shared]
+        if len(owns) > 1:
+            found.append((rows[0], shared, members))
+    layout = PrefixLayout.of(padded, heads, kv_heads)
+    words = torch.zeros(layout.words, dtype=torch.int32)
+    partials = PrefixPartials.empty(words.to(device), layout, heads, head_dim)
+    write_prefixes(words.numpy(), layout, found, partials.splits(found, kv_heads) if found else 1)
+    partials.words.copy_(words)
+    partials.values.fill_(torch.nan)
+    partials.extremes.fill_(torch.nan)
+    q = normal(padded, heads + 2 * kv_heads, head_dim, dtype=dtype, device=device)[:, :heads]
+    block_n = DecodeTiling.of(dtype, head_dim, device).block_n if ON_GPU else 16
+    plan = DecodePlan.empty(padded, heads, kv_heads, head_dim, DecodeTiling(block_n, 4, 3, programs), device)
+    plan.lengths[: len(lengths)] = torch.tensor(lengths, dtype=torch.int32)
+    plan.rows[: len(lengths)] = torch.tensor(pool.rows, dtype=torch.int32)
+    out = torch.full((padded, heads, head_dim), torch.nan, dtype=dtype, device=device)
+    plan_decode(plan, padded, kv_heads, partials)
+    prefix_attention(q, pool.kv, pool.index, partials)
+    decode_attention(q, pool.kv, pool.index, plan, out, partials)
+    truth = torch.stack([pool.attention(i, q[i], length) for i, length in enumerate(lengths)])
+    assert error(out[: len(lengths)], truth) < BOUND[dtype]
+    assert out[len(lengths) :].isnan().all()
+    assert not plan.arrived.any()
 
 
 @random_cases

@@ -12,6 +12,9 @@ A program that does all tiles of a head writes the result. Where several share o
 (maximum, sum, weighted values) and the last to arrive merges them in a fixed order (split-KV as in Flash-Decoding, Dao
 et al., 2023; even pieces as in Stream-K, Osama et al., 2023). The query heads of a kv head are packed into one tile, so
 K and V are read once. Where each piece begins is computed once a step, by `plan_decode`; all layers share it.
+
+Sequences that share a prefix may have it done before, for all of them at once (`shared_prefix.py`): their line begins
+with the first token that is their own, and their softmax with what was left for them.
 """
 
 from dataclasses import dataclass
@@ -23,8 +26,7 @@ from torch import Tensor
 
 from tokenllm_kernels.gpu.device import multiprocessors
 from tokenllm_kernels.gpu.launch import after_predecessors, dependent, let_successors_begin
-
-LOG2_E = 1.4426950408889634
+from tokenllm_kernels.gpu.shared_prefix import LOG2_E, PrefixPartials, begin_after_prefix
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,15 @@ class DecodePlan:
 
 @triton.jit
 def _plan_kernel(
-    lengths, before, pieces, sequences, kv_heads, programs,
-    BLOCK_N: tl.constexpr, SEQUENCES: tl.constexpr, AT_ONCE: tl.constexpr,
+    lengths, shared, before, pieces, sequences, kv_heads, programs,
+    BLOCK_N: tl.constexpr, SEQUENCES: tl.constexpr, AT_ONCE: tl.constexpr, PREFIX: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.arange(0, SEQUENCES)
     there = sequence < sequences
-    tiles = tl.cdiv(tl.load(lengths + sequence, mask=there, other=0), BLOCK_N)
+    own = tl.load(lengths + sequence, mask=there, other=0)
+    if PREFIX:
+        own -= tl.load(shared + sequence, mask=there, other=0)
+    tiles = tl.cdiv(own, BLOCK_N)
     upto = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0) * kv_heads
     each = tl.maximum(tl.cdiv(total, programs), 1)
@@ -101,22 +106,24 @@ def _plan_kernel(
             tl.store(pieces + program * 4 + 3, count)
 
 
-def plan_decode(plan: DecodePlan, sequences: int, kv_heads: int) -> None:
-    """Fill `before` and `pieces` from `lengths[:sequences]`, on the device."""
+def plan_decode(plan: DecodePlan, sequences: int, kv_heads: int, prefixes: PrefixPartials | None = None) -> None:
+    """Fill `before` and `pieces` from `lengths[:sequences]`, on the device; what is shared is left out."""
     tiling, at_once = plan.tiling, 16
+    shared = plan.lengths if prefixes is None else prefixes.words[prefixes.layout.shared :]
     _plan_kernel[(triton.cdiv(tiling.programs, at_once),)](
-        plan.lengths, plan.before, plan.pieces, sequences, kv_heads, tiling.programs,
+        plan.lengths, shared, plan.before, plan.pieces, sequences, kv_heads, tiling.programs,
         BLOCK_N=tiling.block_n, SEQUENCES=triton.next_power_of_2(sequences), AT_ONCE=at_once,
-        num_warps=8 if sequences > 256 else 4,
+        PREFIX=prefixes is not None, num_warps=8 if sequences > 256 else 4,
     )  # fmt: skip
 
 
 @triton.jit
 def _decode_kernel(
     q, kv, out, lengths, rows, index, before, pieces, partial, extremes, arrived,
+    prefix_words, prefix_values, prefix_extremes, shared_at, member_at,
     q_stride, index_stride, kv_heads, scale, programs,
     GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, PREFIX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """q [sequences, kv_heads, GROUP, HEAD_DIM] with rows `q_stride` apart; out the same, contiguous."""
     program = tl.program_id(0)
@@ -131,18 +138,25 @@ def _decode_kernel(
     kv_stride = kv_heads * 2 * HEAD_DIM
     # of the whole step, not of this layer: none of this has to wait, and all of it is on its way at once
     length, row, tiles_before = tl.load(lengths + sequence), tl.load(rows + sequence), tl.load(before + sequence)
+    shared = tl.load(prefix_words + shared_at + sequence) if PREFIX else 0
     after_predecessors(PDL)
     while left > 0:
         slots = index + row.to(tl.int64) * index_stride
-        tiles = tl.cdiv(length, BLOCK_N)
+        tiles = tl.cdiv(length - shared, BLOCK_N)
         count = tl.minimum(left, tiles - tile)
         mine = (head * GROUP + member)[:, None] * HEAD_DIM + d[None, :]
         packed = tl.load(q + sequence.to(tl.int64) * q_stride + mine, mask=member[:, None] < GROUP, other=0.0)
         highest = tl.full([GROUP_TILE], float("-inf"), tl.float32)
         weight = tl.zeros([GROUP_TILE], tl.float32)
         values = tl.zeros([GROUP_TILE, HEAD_DIM], tl.float32)
+        if PREFIX:  # noqa: SIM102, known when it is compiled
+            if (tile == 0) & (shared > 0):
+                highest, weight, values = begin_after_prefix(
+                    prefix_words, prefix_values, prefix_extremes, member_at, sequence, head, kv_heads, member, d,
+                    GROUP, GROUP_TILE, HEAD_DIM,
+                )  # fmt: skip
         for i in tl.range(tile, tile + count, num_stages=STAGES):
-            n = i * BLOCK_N + token
+            n = shared + i * BLOCK_N + token
             # past the end the last token is read once more: nothing that nobody wrote, and no mask on K and V
             slot = tl.load(slots + tl.minimum(n, length - 1)).to(tl.int64)
             place = kv + slot * kv_stride + head * 2 * HEAD_DIM
@@ -187,6 +201,8 @@ def _decode_kernel(
                 tl.load(rows + sequence),
                 tl.load(before + sequence),
             )
+            if PREFIX:
+                shared = tl.load(prefix_words + shared_at + sequence)
     let_successors_begin(PDL)
 
 
@@ -235,20 +251,25 @@ def _merge_partials(partial, extremes, out, first, last, GROUP: tl.constexpr, HE
     tl.store(out + mine, result.to(out.dtype.element_ty), mask=member[:, None] < GROUP)
 
 
-def decode_attention(q: Tensor, kv: Tensor, index: Tensor, plan: DecodePlan, out: Tensor) -> None:
+def decode_attention(
+    q: Tensor, kv: Tensor, index: Tensor, plan: DecodePlan, out: Tensor, prefixes: PrefixPartials | None = None
+) -> None:
     """softmax(q · Kᵀ / √head_dim) · V of the newest token of each sequence over all its tokens.
 
     q [sequences, heads, head_dim], rows any distance apart; kv [slots + 1, kv_heads, 2, head_dim]; index
     [rows, positions] int32 → slot; out [sequences, heads, head_dim], contiguous, written for sequences of length > 0.
-    `plan` has been filled by `plan_decode` on this stream.
+    `plan` has been filled by `plan_decode` on this stream, with the same `prefixes`, and these by `prefix_attention`.
     """
     heads, head_dim, kv_heads = q.shape[1], q.shape[2], kv.shape[1]
     tiling, group = plan.tiling, heads // kv_heads
     pdl = dependent(q.device)
+    words, layout = (plan.lengths, None) if prefixes is None else (prefixes.words, prefixes.layout)
+    values, extremes = (plan.partial, plan.extremes) if prefixes is None else (prefixes.values, prefixes.extremes)
     _decode_kernel[(tiling.programs,)](
         q, kv, out, plan.lengths, plan.rows, index, plan.before, plan.pieces, plan.partial, plan.extremes, plan.arrived,
+        words, values, extremes, layout.shared if layout else 0, layout.member if layout else 0,
         q.stride(0), index.stride(0), kv_heads, head_dim**-0.5 * LOG2_E, tiling.programs,
         GROUP=group, GROUP_TILE=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim, BLOCK_N=tiling.block_n,
         STAGES=tiling.stages, PRECISION="ieee" if q.dtype == torch.float32 else None,
-        PDL=pdl, num_warps=tiling.warps, launch_pdl=pdl,
+        PREFIX=prefixes is not None, PDL=pdl, num_warps=tiling.warps, launch_pdl=pdl,
     )  # fmt: skip

@@ -32,6 +32,7 @@ from tokenllm_kernels.gpu.prefill_hopper import (
     prefill_attention_hopper,
 )
 from tokenllm_kernels.gpu.sampling import SamplingTable, SamplingWorkspace, sample_rows, take_rules
+from tokenllm_kernels.gpu.shared_prefix import PrefixLayout, PrefixPartials, prefix_attention
 
 HOPPER_HEAD_DIMS = (64, 128)
 ENDING = 3  # the word that tells how many prompts end in the step
@@ -74,6 +75,9 @@ class DeviceStep:
         self._inputs = StepInputs.empty(limits.tokens, device)
         tiling = DecodeTiling.of(decoder.dtype, decoder.head_dim, device)
         self._decodes = DecodePlan.empty(limits.rows, decoder.heads, decoder.kv_heads, decoder.head_dim, tiling, device)
+        prefixes = PrefixLayout.of(limits.rows, decoder.heads, decoder.kv_heads)
+        words = torch.zeros(prefixes.words, dtype=torch.int32, device=device)
+        self.prefixes = PrefixPartials.empty(words, prefixes, decoder.heads, decoder.head_dim)
         if self.gathers:
             shape = (limits.context_room, decoder.kv_heads, 2, decoder.head_dim)
             self._contexts = torch.zeros(shape, dtype=decoder.dtype, device=device)
@@ -89,16 +93,18 @@ class DeviceStep:
             and decoder.head_dim in HOPPER_HEAD_DIMS
         )
 
-    def body(self, kv: Sequence[Tensor], tokens: int, samples: int, chunks: int, *, gather: bool) -> None:
-        """All layers for `tokens` tokens, up to the hidden states of `samples` of them; `chunks` 0: decodes alone."""
+    def body(self, kv: Sequence[Tensor], tokens: int, samples: int, chunks: int, *, gather: bool, share: bool) -> None:
+        """All layers for `tokens` tokens, up to the hidden states of `samples` of them. `chunks` 0: decodes alone;
+        `share`: what `prefixes` name is read once for all decodes that share it.
+        """
         decoder, inputs = self.decoder, self._inputs.first(tokens)
         sequences = min(tokens, self.limits.rows)
-        spare = len(kv[0]) - 1
+        spare, prefixes = len(kv[0]) - 1, self.prefixes if share else None
         build_inputs(
             self.words, self.layout, self.table.last_token, self.index, spare, inputs, self._samples, self._decodes,
             sequences,
         )  # fmt: skip
-        plan_decode(self._decodes, sequences, decoder.kv_heads)
+        plan_decode(self._decodes, sequences, decoder.kv_heads, prefixes)
         if chunks:
             take_rules(self.words[self.layout.rules :], self.words[ENDING:], chunks, self.table)
         if chunks and gather:
@@ -106,7 +112,9 @@ class DeviceStep:
 
         def attend(q: Tensor, memory: Tensor) -> Tensor:
             out = q.new_empty(tokens, decoder.heads, decoder.head_dim)
-            decode_attention(q, memory, self.index, self._decodes, out)
+            if prefixes:
+                prefix_attention(q, memory, self.index, prefixes)
+            decode_attention(q, memory, self.index, self._decodes, out, prefixes)
             if chunks and gather:
                 gather_contexts(self.words, self._context_slots, memory, self._contexts)
                 tiles = most_tiles(tokens, chunks)

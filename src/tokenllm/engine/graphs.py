@@ -1,5 +1,6 @@
-"""The CUDA graphs of all steps: bodies by number of tokens, with and without chunks of prompts, and heads by number of
-rows. A step takes the smallest that holds it. All are captured at start, so no request waits for one.
+"""The CUDA graphs of all steps: bodies by number of tokens, with and without chunks of prompts, with and without
+prefixes that decodes share, and heads by number of rows. A step takes the smallest that holds it. All are captured at
+start, so no request waits for one.
 """
 
 from bisect import bisect_left
@@ -14,7 +15,7 @@ from torch import Tensor
 from tokenllm.engine.device_step import DeviceStep
 from tokenllm.models.weights import Progress
 
-Kind: TypeAlias = tuple[str, int]  # mixed, decode or head, and its size
+Kind: TypeAlias = tuple[str, int]  # mixed, decode, shared (decodes that share prefixes) or head, and its size
 
 TOKENS_PER_CHUNK = 32  # graphs of mixed steps hold a chunk for as many tokens: one without work costs programs, too
 LEAST_CHUNKS = 8
@@ -26,6 +27,12 @@ def decode_buckets(rows: int) -> list[int]:
     for step, upto in ((8, 64), (16, 256), (32, 512), (64, 1024), (128, 4096)):
         sizes |= set(range(step, min(rows, upto) + 1, step))
     return sorted(sizes)
+
+
+def shared_buckets(rows: int) -> list[int]:
+    """Sizes of batches that share prefixes: two in each octave."""
+    sizes = {size for power in range(3, 12) for size in (1 << power, 3 << power - 1)}
+    return sorted({size for size in sizes if size < rows} | {rows})
 
 
 def mixed_buckets(tokens: int) -> list[int]:
@@ -49,6 +56,7 @@ class StepShape:
     samples: int
     chunks: int
     context_room: int
+    shares: bool = False  # decodes share prefixes
 
 
 class Graphs:
@@ -57,7 +65,8 @@ class Graphs:
     def __init__(self, step: DeviceStep, kv: Sequence[Tensor], progress: Progress) -> None:
         self._step, self._kv = step, kv
         self._decode_sizes, self._mixed_sizes = decode_buckets(step.limits.rows), mixed_buckets(step.limits.tokens)
-        kinds = [("mixed", size) for size in self._mixed_sizes]
+        self._shared_sizes = shared_buckets(step.limits.rows)
+        kinds = [("mixed", size) for size in self._mixed_sizes] + [("shared", size) for size in self._shared_sizes]
         kinds += [(kind, size) for size in self._decode_sizes for kind in ("decode", "head")]
         kinds.sort(key=lambda kind: -kind[1])  # the largest first: the others fit in its memory
         self._replays = self._capture(kinds, progress) if step.words.is_cuda else self._uncaptured(kinds)
@@ -86,16 +95,17 @@ class Graphs:
         match kind:
             case "head":
                 self._step.head(size)
-            case "decode":
-                self._step.body(self._kv, size, size, 0, gather=False)
+            case "decode" | "shared":
+                self._step.body(self._kv, size, size, 0, gather=False, share=kind == "shared")
             case "mixed":
                 chunks, samples = min(limits.chunks, chunks_of(size)), min(size, limits.rows)
-                self._step.body(self._kv, size, samples, chunks, gather=self._step.gathers)
+                self._step.body(self._kv, size, samples, chunks, gather=self._step.gathers, share=True)
 
     def body(self, shape: StepShape) -> None:
         """Launch all layers of the step in `words`."""
         if not shape.chunks:
-            return self._replays["decode", _at_least(self._decode_sizes, shape.tokens)]()
+            kind, sizes = ("shared", self._shared_sizes) if shape.shares else ("decode", self._decode_sizes)
+            return self._replays[kind, _at_least(sizes, shape.tokens)]()
         assert shape.context_room <= self._step.limits.context_room, (
             "prompts are read in order: one goes on, others begin"
         )
