@@ -309,7 +309,8 @@ def _client_error(detail: ErrorDetails) -> ApiError:
 
 def _path(location: tuple[int | str, ...]) -> str:
     """`messages[0].content` from a location of pydantic, which also names the members of unions it went through."""
-    names = [part for part in location if isinstance(part, int) or part in FIELD_NAMES]
+    known = _field_names()
+    names = [part for part in location if isinstance(part, int) or part in known]
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).removeprefix(".")
 
 
@@ -317,12 +318,6 @@ def _lowered(message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-FIELD_NAMES = (
-    {
-        name
-        for kind in (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, ChatMessage)
-        for name in kind.model_fields
-    }
-    | set(StreamOptions.model_fields)
-    | set(ContentPart.model_fields)
-)
+def _field_names(kind: type[RequestBody] = RequestBody) -> set[str]:
+    """Those of all request bodies and of what they hold."""
+    return set(kind.model_fields).union(*map(_field_names, kind.__subclasses__()))
