@@ -79,7 +79,7 @@ class Circuit:
         self.reply = Reply(range(choices))
         self.abandoned = False
 
-    def submit(self, submits: list[Submit]) -> Reply:
+    def submit(self, submits: list[Submit], patience_s: float) -> Reply:
         assert len(submits) == len(self.reply.uids)
         return self.reply
 
@@ -99,7 +99,7 @@ class Written:
         frames = frames or ChatFrames(HEAD, choices, usage_wanted)
         submits = [Submit(uid, b"\0\0\0\0", 1, Sampling(seed=0)) for uid in range(choices)]
         stream = EventStream(self.circuit, submits, frames, choices, usage_wanted)  # type: ignore[arg-type]
-        self.task = asyncio.create_task(stream({}, None, self._send))  # type: ignore[arg-type]
+        self.task = asyncio.create_task(stream({"headers": []}, None, self._send))  # type: ignore[arg-type]
 
     async def _send(self, message: dict) -> None:
         self.sent.append(message)

@@ -46,7 +46,7 @@ class Speech:
         self.prompt_tokens = len(submit.prompt) // 4
         self.spoken = 0
 
-    def next_delta(self) -> Delta:
+    def next_delta(self) -> Delta | None:
         text, stopped = f"{self.spoken} ", False
         self.spoken += 1
         if text.strip() in self.submit.stop:
@@ -68,7 +68,8 @@ class Speech:
 class Generation(threading.Thread):
     """Says a word of every completion in each step. Prompts that hold certain words are treated otherwise:
 
-    REFUSE is refused, FAIL ends with an error, SILENT says nothing until it is aborted, STALL a word and then nothing.
+    REFUSE is refused, FAIL ends with an error. The others last until they are aborted: SILENT makes tokens without
+    text, HANG makes none, STALL says a word first.
     """
 
     def __init__(self, number: int, tokenizer: Tokenizer, step_s: float = STEP_S) -> None:
@@ -88,8 +89,9 @@ class Generation(threading.Thread):
         while not self._dead.is_set():
             for message in self._inbox.receive():
                 self._hear(message)
-            deltas = tuple(speech.next_delta() for speech in self._speeches.values())
-            self._speeches = {delta.uid: self._speeches[delta.uid] for delta in deltas if delta.finish is None}
+            deltas = tuple(delta for speech in self._speeches.values() if (delta := speech.next_delta()))
+            for ended in [delta.uid for delta in deltas if delta.finish]:
+                del self._speeches[ended]
             if deltas:
                 self._outbox.send(Texts(deltas))
             time.sleep(self.step_s)
@@ -129,8 +131,8 @@ class Generation(threading.Thread):
         else:
             if "STALL" in prompt:
                 self._outbox.send(Texts((Delta(submit.uid, "so far ", 1),)))
-            silent = "SILENT" in prompt or "STALL" in prompt
-            self._speeches[submit.uid] = Silence(submit) if silent else Speech(submit)
+            kind = Hang if "HANG" in prompt or "STALL" in prompt else Silence if "SILENT" in prompt else Speech
+            self._speeches[submit.uid] = kind(submit)
 
     def _end(self, uid: int, reason: str, spoken: int) -> None:
         finish = Finish(reason, 1, 0, spoken)  # type: ignore[arg-type]
@@ -140,6 +142,11 @@ class Generation(threading.Thread):
 class Silence(Speech):
     def next_delta(self) -> Delta:
         return Delta(self.submit.uid, "", 0)
+
+
+class Hang(Speech):
+    def next_delta(self) -> None:
+        return None
 
 
 class GatewayUnderTest:

@@ -153,6 +153,37 @@ def test_a_model_that_dies_ends_every_stream_at_once(fresh: GatewayUnderTest) ->
     assert post(gateway, max_tokens=2).json()["choices"][0]["message"]["content"] == words(2)
 
 
+IMPATIENT = {"x-stainless-read-timeout": "0.3"}
+
+
+@pytest.mark.parametrize(("content", "stream"), [("HANG", True), ("HANG", False), ("SILENT", False), ("hello", False)])
+def test_nobody_works_for_a_client_that_waits_no_longer(fresh: GatewayUnderTest, content: str, stream: bool) -> None:
+    asked = {**CHAT, "messages": [{"role": "user", "content": content}], "n": 2, "stream": stream}
+    late = fetch("POST", fresh.url + "/v1/chat/completions", json=asked, headers=IMPATIENT)
+    error = late.json()["error"]
+    assert (late.status_code, error["type"], error["code"]) == (408, "timeout", "timeout")
+    assert "0.3 s" in error["message"]
+    eventually(lambda: fresh.finished("abort") == 2, within_s=1)
+
+
+def test_a_stream_that_stalls_ends_with_an_error(fresh: GatewayUnderTest) -> None:
+    asked = {**CHAT, "messages": [{"role": "user", "content": "STALL"}], "stream": True}
+    late = fetch("POST", fresh.url + "/v1/chat/completions", json=asked, headers=IMPATIENT)
+    *chunks, error, done = events(iter(late.text.splitlines()))
+    assert late.status_code == 200 and "so far" in chunks[-1]
+    assert (json.loads(error)["error"]["code"], done) == ("timeout", "[DONE]")
+    assert not any(json.loads(chunk)["choices"][0]["finish_reason"] for chunk in chunks), "no false reason"
+    eventually(lambda: fresh.finished("abort") == 1, within_s=1)
+
+
+@pytest.mark.parametrize("timeout", ["0.3", "600", "-1", "0", "nan", "inf", "None", "", "1e999"])
+def test_a_stream_that_moves_on_may_last(fresh: GatewayUnderTest, timeout: str) -> None:
+    headers = {"x-stainless-read-timeout": timeout}
+    asked = {**CHAT, "max_tokens": 250 if timeout == "0.3" else 2, "stream": True}
+    answer = fetch("POST", fresh.url + "/v1/chat/completions", json=asked, headers=headers)
+    assert answer.text.endswith("data: [DONE]\n\n") and '"length"' in answer.text
+
+
 def test_a_drain_lets_streams_finish_and_ends_the_process(start: Start) -> None:
     gateway = start()
     gateway.load_model(step_s=0.01)

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from math import inf
 
 from tokenllm.counters import Page
 from tokenllm.gateway.reply import Reply
@@ -86,11 +87,11 @@ class Circuit:
         self._counter += 1
         return make_uid(*self._gateway, self._counter)
 
-    def submit(self, submits: Sequence[Submit]) -> Reply:
-        """All choices of one HTTP request, or none of them."""
+    def submit(self, submits: Sequence[Submit], patience_s: float = inf) -> Reply:
+        """All choices of one HTTP request, or none of them. `patience_s`: how long its client waits for a word."""
         if self._rings is None or self.ready is None:
             raise busy("the model is still loading", "loading")
-        reply = Reply([submit.uid for submit in submits])
+        reply = Reply([submit.uid for submit in submits], submits[0].arrived_s, patience_s)
         for index, submit in enumerate(submits):
             try:
                 self._rings.sender.send(submit)

@@ -15,6 +15,7 @@ from tokenllm.gateway.chat import ChatFrames, chat_completion
 from tokenllm.gateway.completions import CompletionFrames, text_completion
 from tokenllm.gateway.gateway import Gateway, tenant_of
 from tokenllm.gateway.metrics import render
+from tokenllm.gateway.patience import patience_of
 from tokenllm.gateway.reply import Head, Said, total_usage, whole
 from tokenllm.gateway.sse import EventStream, Frames
 from tokenllm.messages import Submit
@@ -63,7 +64,7 @@ async def chat_completions(gateway: Gateway, request: Request) -> ASGIApp:
     model, max_model_len = gateway.model, gateway.ready().max_model_len
     model.check_size((message.text() for message in body.messages), "messages", max_model_len)
     prompt = await gateway.off_loop(model.chat_prompt, body.messages)
-    return await _generate(gateway, body, gateway.submits(body, [prompt], arrived_s, tenant_of(request)), CHAT)
+    return await _generate(gateway, request, body, gateway.submits(body, [prompt], arrived_s, tenant_of(request)), CHAT)
 
 
 async def completions(gateway: Gateway, request: Request) -> ASGIApp:
@@ -74,15 +75,17 @@ async def completions(gateway: Gateway, request: Request) -> ASGIApp:
     for text in body.prompts():
         model.check_size([text] if isinstance(text, str) else [], "prompt", max_model_len)
     prompts = await gateway.off_loop(model.text_prompts, body.prompts(), "prompt")
-    return await _generate(gateway, body, gateway.submits(body, prompts, arrived_s, tenant_of(request)), TEXT)
+    return await _generate(gateway, request, body, gateway.submits(body, prompts, arrived_s, tenant_of(request)), TEXT)
 
 
-async def _generate(gateway: Gateway, body: Generation, submits: Sequence[Submit], wording: Wording) -> ASGIApp:
+async def _generate(
+    gateway: Gateway, request: Request, body: Generation, submits: Sequence[Submit], wording: Wording
+) -> ASGIApp:
     head, usage_wanted, each = gateway.head(wording.kind), body.include_usage(), body.choices_each()
     if body.stream:
         frames = wording.frames(head, len(submits), usage_wanted)
         return EventStream(gateway.circuit, submits, frames, each, usage_wanted)
-    reply = gateway.circuit.submit(submits)
+    reply = gateway.circuit.submit(submits, patience_of(request.scope))
     try:
         said = await whole(reply)
     finally:

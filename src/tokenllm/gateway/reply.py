@@ -1,9 +1,11 @@
 """What comes back for one HTTP request: the deltas of its choices, and what they add up to."""
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from math import inf
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -25,8 +27,10 @@ class Head(NamedTuple):
 class Reply:
     """What the choices of one HTTP request have been told, and their reader has not taken yet."""
 
-    def __init__(self, uids: Sequence[int]) -> None:
+    def __init__(self, uids: Sequence[int], arrived_s: float = 0.0, patience_s: float = inf) -> None:
         self.uids = uids
+        self._patience_s = patience_s  # how long its client waits for something to be written
+        self._waits_since_s = arrived_s
         self.open = len(uids)  # choices whose last word has not been taken
         self._deltas: list[tuple[int, Delta]] = []
         self._error: ApiError | None = None
@@ -41,21 +45,31 @@ class Reply:
         self._error = error
         self._heard.set()
 
-    async def deltas(self, patience_s: float | None = None) -> list[tuple[int, Delta]]:
+    def written(self) -> None:
+        """Its client has been sent something, and waits anew."""
+        self._waits_since_s = time.monotonic()
+
+    async def deltas(self, silence_s: float = inf) -> list[tuple[int, Delta]]:
         """All that waits, each with the index of its choice; nothing if that is how long nobody said anything.
 
-        Raises the error that ended the reply, after what had come before it.
+        Raises the error that ended the reply, after what had come before it, or that its client waits no longer.
         """
+        limit_s = min(silence_s, self._patience_left_s())
         with suppress(TimeoutError):
-            async with asyncio.timeout(patience_s):
+            async with asyncio.timeout(None if limit_s == inf else limit_s):
                 await self._heard.wait()
         deltas, self._deltas = self._deltas, []
         if self._error and not deltas:
             raise self._error
+        if self._patience_left_s() <= 0:
+            raise ApiError(408, f"no answer within the {self._patience_s:g} s that the client waits", "timeout")
         if not self._error:
             self._heard.clear()
         self.open -= sum(delta.finish is not None for _, delta in deltas)
         return deltas
+
+    def _patience_left_s(self) -> float:
+        return self._waits_since_s + self._patience_s - time.monotonic()
 
 
 class Said(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from tokenllm.gateway.circuit import Circuit
+from tokenllm.gateway.patience import patience_of
 from tokenllm.gateway.reply import Reply, Said, client_reason, joined, total_usage
 from tokenllm.messages import Finish, Submit, TokenText
 from tokenllm_schemas.errors import ApiError
@@ -64,7 +65,7 @@ class EventStream:
         self._finishes: dict[int, Finish] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = self._circuit.submit(self._submits)
+        reply = self._circuit.submit(self._submits, patience_of(scope))
         try:
             # a refusal that comes before anything else is a proper status, so the headers wait for it
             first = joined(await reply.deltas(SILENCE_S))
@@ -81,6 +82,8 @@ class EventStream:
             while reply.open:
                 if piece:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    if piece is not KEEP_ALIVE:
+                        reply.written()
                     silence = KEEP_ALIVE
                 said = joined(await reply.deltas(SILENCE_S))
                 piece = self._told(said) if said else silence
