@@ -60,11 +60,18 @@ TEXT = Wording("cmpl", CompletionFrames, text_completion)
 async def chat_completions(gateway: Gateway, request: Request) -> ASGIApp:
     arrived_s = time.monotonic()
     body = await gateway.read(ChatCompletionRequest, request)
+    return await _generate(gateway, request, body, await chat_submits(gateway, request, body, arrived_s), CHAT)
+
+
+async def chat_submits(
+    gateway: Gateway, request: Request, body: ChatCompletionRequest, arrived_s: float
+) -> list[Submit]:
+    """What a conversation asks of the scheduler, in whatever words the client asked."""
     gateway.check_queue(body.choices_each())
     model, max_model_len = gateway.model, gateway.ready().max_model_len
     model.check_size((message.text() for message in body.messages), "messages", max_model_len)
     prompt = await gateway.off_loop(model.chat_prompt, body.messages)
-    return await _generate(gateway, request, body, gateway.submits(body, [prompt], arrived_s, tenant_of(request)), CHAT)
+    return gateway.submits(body, [prompt], arrived_s, tenant_of(request))
 
 
 async def completions(gateway: Gateway, request: Request) -> ASGIApp:
@@ -85,13 +92,18 @@ async def _generate(
     if body.stream:
         frames = wording.frames(head, len(submits), usage_wanted)
         return EventStream(gateway.circuit, submits, frames, each, usage_wanted)
-    reply = gateway.circuit.submit(submits, patience_of(request.scope))
-    try:
-        said = await whole(reply)
-    finally:
-        gateway.circuit.abandon(reply)
+    said = await all_said(gateway, request, submits)
     usage = total_usage({one.index: one.finish for one in said if one.finish}, each)
     return _json(wording.whole(head, said, usage))
+
+
+async def all_said(gateway: Gateway, request: Request, submits: Sequence[Submit]) -> list[Said]:
+    """The whole answer at once, choice by choice."""
+    reply = gateway.circuit.submit(submits, patience_of(request.scope))
+    try:
+        return await whole(reply)
+    finally:
+        gateway.circuit.abandon(reply)
 
 
 async def tokenize(gateway: Gateway, request: Request) -> ASGIApp:
