@@ -123,7 +123,7 @@ def show(found: Idle, times: Sequence[KernelTime], drive: Drive, arguments: argp
 
 def main() -> None:
     arguments = parse_arguments()
-    workload = read_lengths(arguments.workload, None)
+    workload = read_lengths(arguments.workload)
     started = start(arguments, max(prompt + output for prompt, output in workload.lengths))
     drive = Drive(started)
     prompts = [workload.prompt(number) for number in range(len(workload.lengths))]

@@ -49,22 +49,22 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_flags(parser, running=1024, chunk_tokens=2048)
     parser.add_argument("workload", type=Path, help="JSON with lengths of prompt and answer")
-    parser.add_argument("--requests", type=int, help="only so many of them")
+    parser.add_argument("--requests", type=int, help="default: one for each of its lengths")
     add_out_flag(parser)
     return parser.parse_args()
 
 
-def read_lengths(path: Path, requests: int | None) -> Lengths:
+def read_lengths(path: Path) -> Lengths:
     match read_workload(path, IDS, 1):
-        case Lengths(name=name, lengths=lengths, ids=ids):
-            return Lengths(name, lengths[:requests], ids)
+        case Lengths() as workload:
+            return workload
         case _:
             raise SystemExit(f"{path}: wants lengths, not conversations")
 
 
-def run(started: Started, workload: Lengths) -> tuple[Outcome, list[Turn]]:
+def run(started: Started, workload: Lengths, requests: int) -> tuple[Outcome, list[Turn]]:
     drive = Drive(started)
-    prompts = [workload.prompt(number) for number in range(len(workload.lengths))]
+    prompts = [workload.prompt(number) for number in range(requests)]
     drive.submit(greedy(uid, prompt.ids, prompt.output_tokens) for uid, prompt in enumerate(prompts))
     wall_s = drive.run()
     turns = drive.meter.turns
@@ -127,9 +127,9 @@ def _trace(turn: Turn) -> dict[str, int]:
 
 def main() -> None:
     arguments = parse_arguments()
-    workload = read_lengths(arguments.workload, arguments.requests)
+    workload = read_lengths(arguments.workload)
     started = start(arguments, max(prompt + output for prompt, output in workload.lengths))
-    found, turns = run(started, workload)
+    found, turns = run(started, workload, arguments.requests or len(workload.lengths))
     name = f"{arguments.config.stem}-{workload.name}"
     show(found, host_times(turns), turns, started, arguments.out, name)
 

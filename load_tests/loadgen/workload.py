@@ -50,16 +50,21 @@ class IdRange(msgspec.Struct, frozen=True):
 
 
 class Lengths(msgspec.Struct, frozen=True):
-    """Random ids in (prompt, output) lengths."""
+    """Random ids in (prompt, output) lengths. The first `shared` ids of all prompts are the same."""
 
     name: str
     lengths: list[tuple[int, int]]
     ids: IdRange
+    shared: int = 0
 
     def prompt(self, number: int) -> IdsPrompt:
         prompt_tokens, output_tokens = self.lengths[number % len(self.lengths)]
-        draw = random.Random(IDS_SEED + number)
-        return IdsPrompt([draw.randrange(self.ids.low, self.ids.high) for _ in range(prompt_tokens)], output_tokens)
+        shared = self._drawn(IDS_SEED - 1, min(self.shared, prompt_tokens))
+        return IdsPrompt(shared + self._drawn(IDS_SEED + number, prompt_tokens - len(shared)), output_tokens)
+
+    def _drawn(self, seed: int, count: int) -> list[int]:
+        draw = random.Random(seed)
+        return [draw.randrange(self.ids.low, self.ids.high) for _ in range(count)]
 
 
 class Chats(msgspec.Struct, frozen=True):
@@ -78,6 +83,7 @@ Workload: TypeAlias = Lengths | Chats
 
 class LengthsFile(msgspec.Struct, frozen=True):
     requests: Annotated[list[tuple[Count, Count]], msgspec.Meta(min_length=1)]
+    shared_prefix_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class ChatsFile(msgspec.Struct, frozen=True):
@@ -93,12 +99,15 @@ def parse_id_range(text: str) -> IdRange:
 
 
 def read_workload(path: Path, ids: IdRange, output_tokens: int) -> Workload:
-    """Read JSON with `requests`, a list of [prompt, output] lengths, or `conversations`, a list of lists of turns."""
+    """Read JSON with `requests`, a list of [prompt, output] lengths, of which the first `shared_prefix_tokens` are the
+    same in all prompts, or `conversations`, a list of lists of turns.
+    """
     try:
         raw = path.read_bytes()
         keys = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
         if "requests" in keys:
-            return Lengths(path.stem, msgspec.json.decode(raw, type=LengthsFile).requests, ids)
+            file = msgspec.json.decode(raw, type=LengthsFile)
+            return Lengths(path.stem, file.requests, ids, file.shared_prefix_tokens)
         return Chats(path.stem, msgspec.json.decode(raw, type=ChatsFile).conversations, output_tokens)
     except (OSError, msgspec.DecodeError) as fault:
         raise WorkloadError(f"workload {path}: {fault}") from fault

@@ -69,3 +69,11 @@ def test_an_absent_file_and_bad_bounds_are_refused(tmp_path: Path) -> None:
         with pytest.raises(WorkloadError, match="--token-ids"):
             parse_id_range(bounds)
     assert parse_id_range("5:9") == IdRange(5, 9)
+
+
+def test_prompts_that_share_a_prefix_differ_after_it(tmp_path: Path) -> None:
+    file = tmp_path / "w.json"
+    file.write_text('{"shared_prefix_tokens": 7, "requests": [[10, 2], [5, 1]]}')
+    workload = read_workload(file, IdRange(0, 1000), output_tokens=1)
+    first, short, third = (workload.prompt(number).ids for number in range(3))
+    assert first[:7] == third[:7] and first[7:] != third[7:] and short == first[:5]

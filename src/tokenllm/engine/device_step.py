@@ -35,6 +35,7 @@ from tokenllm_kernels.gpu.sampling import SamplingTable, SamplingWorkspace, samp
 from tokenllm_kernels.gpu.shared_prefix import PrefixLayout, PrefixPartials, prefix_attention
 
 HOPPER_HEAD_DIMS = (64, 128)
+LEAST_CONTEXTS = 1 << 16  # tokens, a few kilobytes each
 ENDING = 3  # the word that tells how many prompts end in the step
 
 
@@ -52,9 +53,14 @@ class Limits:
         return self.rows + self.prompt_tokens
 
     @property
+    def context_tokens(self) -> int:
+        """Of all chunks' contexts: of the longest request, or of many that begin with a prefix computed before."""
+        return max(self.positions, LEAST_CONTEXTS) + self.prompt_tokens
+
+    @property
     def context_room(self) -> int:
-        """What the contexts of all chunks take, as long as they come in order: one prompt goes on, the others begin."""
-        return self.positions + self.prompt_tokens + CONTEXT_ALIGNMENT * self.chunks
+        """What they take in the workspace."""
+        return self.context_tokens + CONTEXT_ALIGNMENT * self.chunks
 
 
 class DeviceStep:
