@@ -28,7 +28,10 @@ from tokenllm.engine.batch import Plan, Sampled
 from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import Inbound, Midway, Ready, Sampling, Submit
 from tokenllm.ring import Receiver, RingFds, Sender, close_ring, create_ring
-from tokenllm.routing.policy import Conservative
+from tokenllm.routing.learned_pace import LearnedPace
+from tokenllm.routing.lengths import Lengths
+from tokenllm.routing.policy import make_policy
+from tokenllm.routing.router import Router
 from tokenllm.scheduler.loop import Loop
 from tokenllm.scheduler.scheduler import Scheduler
 
@@ -130,10 +133,10 @@ def submit(uid: int, prompt_tokens: int, max_tokens: int) -> Submit:
 
 
 def make_scheduler(running: int) -> Scheduler:
-    capacity = (running + 4) * CONTEXT
+    capacity, pace = (running + 4) * CONTEXT, LearnedPace(CHUNK_TOKENS)
     return Scheduler(
         TokenMemory(capacity),
-        Conservative(capacity),
+        Router(make_policy("tokenllm", pace, capacity, Lengths()), pace, running + 4),
         rows=running + 4,
         max_positions=CONTEXT,
         prefill_chunk_tokens=CHUNK_TOKENS,
@@ -142,6 +145,7 @@ def make_scheduler(running: int) -> Scheduler:
         max_queued_requests=running + 4,
         max_queued_tokens=capacity,
         eos_ids=frozenset({EOS}),
+        pace=pace,
     )
 
 

@@ -29,6 +29,7 @@ from tokenllm.engine.start import Engine, start_engine
 from tokenllm.messages import Inbound, Midway, Ready, Sampling, Step, Submit
 from tokenllm.models.weights import Track
 from tokenllm.ring import Receiver, Sender
+from tokenllm.routing.lengths import Lengths
 from tokenllm.scheduler.__main__ import scheduler_for
 from tokenllm.scheduler.loop import Loop
 
@@ -223,7 +224,8 @@ class Drive:
     def __init__(self, started: Started) -> None:
         engine = started.engine
         self.meter, self.ends = Meter(), LocalEnds()
-        scheduler = scheduler_for(ServeConfig(max_queued_requests=1 << 20, max_queued_tokens=1 << 30), engine)
+        config = ServeConfig(max_queued_requests=1 << 20, max_queued_tokens=1 << 30)
+        scheduler = scheduler_for(config, engine, Lengths())
         for phase in ("accept", "plan", "settle"):
             self.meter.watch(scheduler, phase)
         self.meter.watch(self.ends, "send")

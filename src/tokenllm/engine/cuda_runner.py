@@ -23,7 +23,7 @@ from tokenllm_kernels import top_logprobs
 from tokenllm_kernels.gpu.device import on_compilation
 from tokenllm_kernels.gpu.inputs import CONTEXT_ALIGNMENT, COUNTS, StepLayout
 from tokenllm_kernels.gpu.prefill_hopper import BLOCK_M
-from tokenllm_kernels.gpu.sampling import RULE_WORDS, set_rules, write_rules
+from tokenllm_kernels.gpu.sampling import MOST_COUNTED, RULE_WORDS, set_rules, write_rules
 
 Words = NDArray[np.int32]
 
@@ -191,6 +191,17 @@ class CudaRunner:
         biased = [chunk for chunk in chunks if chunk.rule.logit_bias]
         if biased:
             set_rules(self._step.table, [chunk.row for chunk in biased], [chunk.rule for chunk in biased])
+        for chunk in chunks:
+            if chunk.rule.penalizes and len(chunk.generated):
+                self._count(chunk)
+
+    def _count(self, chunk: Chunk) -> None:
+        """What it had generated before it was paused; the body has just set the row's counts to zero."""
+        counts, device = self._step.table.counts, self._step.words.device
+        found, times = (torch.from_numpy(column) for column in np.unique(chunk.generated, return_counts=True))
+        ids = _pinned(found.long(), device).to(device, non_blocking=True)
+        times = _pinned(times.clamp_(max=MOST_COUNTED).to(counts.dtype), device).to(device, non_blocking=True)
+        counts[chunk.row].index_copy_(0, ids, times)
 
     def _ask_logprobs(self, plan: Plan) -> AskedLogprobs | None:
         if not self._logprobs:

@@ -114,7 +114,8 @@ class CpuRunner:
         return torch.cat((self._last_token[plan.decodes.rows], prompts)).clamp_(0, self._decoder.vocab_size - 1)
 
     def _wish(self, chunk: Chunk) -> Wish:
-        counts = torch.zeros(self._decoder.vocab_size) if chunk.rule.penalizes else None
+        said = torch.from_numpy(chunk.generated).long()
+        counts = said.bincount(minlength=self._decoder.vocab_size).float() if chunk.rule.penalizes else None
         return Wish(chunk.rule, chunk.logprobs, counts)
 
     def _sample(self, logits: Tensor, wishes: Sequence[Wish], positions: Tensor) -> Tensor:

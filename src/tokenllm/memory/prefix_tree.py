@@ -158,6 +158,15 @@ class PrefixTree:
             held = held.parent
         self._use(node)
 
+    @staticmethod
+    def sole(node: Node) -> int:
+        """How many tokens on the way to this locked node nobody else has locked."""
+        tokens, held = 0, node
+        while held and held.locks == 1:
+            tokens += len(held.slots)
+            held = held.parent
+        return tokens
+
     def insert(self, realm: Hashable, ids: Ids, slots: Slots) -> Entry:
         """Keep the slots of these tokens, a prefix that is computed or planned; what the tree has already, it keeps."""
         assert len(ids) == len(slots), "a slot for every token"

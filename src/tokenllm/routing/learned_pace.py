@@ -24,7 +24,8 @@ class LearnedPace(Pace):
 
     def __init__(self, most_chunk: int) -> None:
         least = min(LEAST_CHUNK, max(1, most_chunk // 8))
-        super().__init__(*(GUESS / UNITS).tolist(), TARGET_S, least, most_chunk)
+        step, held, decode, read = (GUESS / UNITS).tolist()
+        super().__init__(step, held, decode, read, TARGET_S, least, most_chunk)
         self._products, self._sums = np.zeros((4, 4)), np.zeros(4)
         self._found, self._count = GUESS, 0
 

@@ -42,6 +42,7 @@ class Lengths:
     """
 
     def __init__(self) -> None:
+        self.learned = 0  # answers, since it was made or loaded
         self._row_of: dict[tuple[int, int], int] = {}  # (application or -1, max_tokens class) → row
         self._seen: dict[tuple[int, int], int] = {}
         self._parents = [-1]
@@ -82,6 +83,7 @@ class Lengths:
         return row
 
     def learn(self, kind: int, length: int) -> None:
+        self.learned += 1
         place = int(bins(np.array(length)))
         while kind >= 0:
             self._ended[kind, place] += self._weight

@@ -1,49 +1,23 @@
-"""Who may join the running batch. A policy sees only numbers, so that a simulator can run the very same code."""
+"""The policies by name, as the scheduler's flag has them: each made anew for a server."""
 
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What one request holds and may still take of KV memory, in tokens."""
-
-    prompt: int
-    generated: int
-    max_tokens: int
-
-    @property
-    def most(self) -> int:
-        """The tokens it holds at its longest; the last one generated is never stored."""
-        return self.prompt + self.max_tokens - 1
+from tokenllm.config import PolicyName
+from tokenllm.routing.conservative import WorstCase
+from tokenllm.routing.first_come import Policy
+from tokenllm.routing.lengths import Lengths
+from tokenllm.routing.lightllm import LightLLM
+from tokenllm.routing.pace import Pace
+from tokenllm.routing.past_future import PastFuture
+from tokenllm.routing.tokenllm import TokenLLM
 
 
-@dataclass(frozen=True)
-class Demands:
-    """The same of many requests, in columns: one entry per request."""
-
-    prompt: NDArray[np.int32]
-    generated: NDArray[np.int32]
-    max_tokens: NDArray[np.int32]
-
-    def __len__(self) -> int:
-        return len(self.prompt)
-
-
-class Conservative:
-    """Admits a request only if everybody could reach `max_tokens`: Σ (prompt + max_tokens - 1) ≤ capacity.
-
-    Nobody is ever paused, and memory that is reserved but never used is the price.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-
-    def predicted_peak(self, running: Demands) -> int:
-        """The most token slots the running requests will hold together."""
-        return int(running.prompt.sum(dtype=np.int64) + running.max_tokens.sum(dtype=np.int64)) - len(running)
-
-    def admits(self, candidate: Demand, running: Demands) -> bool:
-        return self.predicted_peak(running) + candidate.most <= self.capacity
+def make_policy(name: PolicyName, pace: Pace, capacity: int, lengths: Lengths) -> Policy:
+    """`lengths` is what earlier servers have learned; only `tokenllm` reads it, and goes on."""
+    match name:
+        case "conservative":
+            return WorstCase()
+        case "lightllm":
+            return LightLLM(pace.most_chunk)
+        case "past-future":
+            return PastFuture()
+        case "tokenllm":
+            return TokenLLM(lengths, pace, capacity)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import track
 
 from tokenllm.checkpoint import CheckpointError
+from tokenllm.checkpoint.source import cache_folder
 from tokenllm.config import SchedulerBirth, ServeConfig
 from tokenllm.counters import Page
 from tokenllm.engine.start import DeviceFault, Engine, device_faults, start_engine
@@ -16,7 +17,11 @@ from tokenllm.messages import Inbound, Midway, Ready
 from tokenllm.models.weights import Track
 from tokenllm.process import die_with, read_birth
 from tokenllm.ring import Receiver, Sender
-from tokenllm.routing.policy import Conservative
+from tokenllm.routing.learned_pace import LearnedPace
+from tokenllm.routing.lengths import Lengths
+from tokenllm.routing.policy import make_policy
+from tokenllm.routing.router import Router
+from tokenllm.scheduler.history import History
 from tokenllm.scheduler.loop import Loop
 from tokenllm.scheduler.scheduler import Scheduler
 
@@ -28,7 +33,9 @@ def main() -> None:
     inboxes = [Receiver[Inbound](fds, Inbound) for fds in birth.inboxes]
     outbox = Sender[Midway](birth.outbox)
     ready = Ready(birth.generation, engine.kv_tokens, engine.max_model_len)
-    loop = Loop(scheduler_for(birth.config, engine), engine.runner, inboxes, outbox, Page(birth.page_fd), ready)
+    history = History(cache_folder(), Path(birth.model_path))
+    scheduler = scheduler_for(birth.config, engine, history.lengths)
+    loop = Loop(scheduler, engine.runner, inboxes, outbox, Page(birth.page_fd), ready, history)
     gc.collect()
     gc.freeze()  # no collection walks again through what lives as long as the process: torch alone takes 100 ms
     try:
@@ -52,10 +59,12 @@ def _load(config: ServeConfig, path: Path) -> Engine:
         sys.exit(f"tokenllm: the model cannot be served: {error}")
 
 
-def scheduler_for(config: ServeConfig, engine: Engine) -> Scheduler:
+def scheduler_for(config: ServeConfig, engine: Engine, lengths: Lengths) -> Scheduler:
+    pace = LearnedPace(engine.batch.prompt_tokens)
+    policy = make_policy(config.policy, pace, engine.kv_tokens, lengths)
     return Scheduler(
         TokenMemory(engine.kv_tokens),
-        Conservative(engine.kv_tokens),
+        Router(policy, pace, engine.batch.rows),
         rows=engine.batch.rows,
         max_positions=engine.max_model_len,
         prefill_chunk_tokens=engine.batch.prompt_tokens,
@@ -64,6 +73,7 @@ def scheduler_for(config: ServeConfig, engine: Engine) -> Scheduler:
         max_queued_requests=config.max_queued_requests,
         max_queued_tokens=config.max_queued_tokens,
         eos_ids=engine.eos_ids,
+        pace=pace,
     )
 
 

@@ -9,6 +9,7 @@ from tokenllm.counters import Page
 from tokenllm.engine.runner import Runner
 from tokenllm.messages import Begin, GatewayLost, Inbound, Midway, Ready
 from tokenllm.ring import Receiver, RingCorrupt, RingFull, Sender, wait_for_any
+from tokenllm.scheduler.history import History
 from tokenllm.scheduler.scheduler import Planned, Scheduler
 
 Flight = TypeVar("Flight")
@@ -28,17 +29,22 @@ class Loop(Generic[Flight]):
         outbox: Sender[Midway],
         page: Page,
         ready: Ready,
+        history: History | None = None,
     ) -> None:
         self._scheduler, self._runner = scheduler, runner
         self._inboxes, self._outbox, self._page, self._ready = inboxes, outbox, page, ready
         self._flights: deque[tuple[Flight, Planned, float]] = deque()
-        self._compilations = 0  # of the runner, that have been counted
+        self._compilations = self._pauses = 0  # that have been counted
+        self._collected_s = 0.0  # when the last step was
+        self._history = history
 
     def serve(self) -> None:
         send_when_room(self._outbox, self._ready)
         while True:
-            if not self.turn():
-                wait_for_any(self._inboxes, timeout_s=None)
+            busy = self.turn()
+            until_save_s = self._history.save_when_due(busy) if self._history else None
+            if not busy:
+                wait_for_any(self._inboxes, until_save_s)
 
     def turn(self) -> bool:
         """Receive, plan, run, send. Whether there is anything left to do."""
@@ -79,17 +85,21 @@ class Loop(Generic[Flight]):
         flight, planned, began = self._flights.popleft()
         step = self._scheduler.settle(planned, self._runner.collect(flight))
         now = time.monotonic()
+        self._scheduler.took(planned, now - max(began, self._collected_s))
+        self._collected_s = now
         self._page.add("tokenllm_steps_total")
-        self._count_compilations()
+        self._count_rare()
         self._page.add("tokenllm_generation_tokens_total", len(step.ids) // BYTES_PER_ID)
         self._page.observe("tokenllm_step_seconds", now - began)
         self._page.set("tokenllm_last_step_monotonic_seconds", now)
         if step.uids:
             send_when_room(self._outbox, step)
 
-    def _count_compilations(self) -> None:
-        counted, self._compilations = self._compilations, self._runner.compilations
-        self._page.add("tokenllm_kernel_compilations_total", self._compilations - counted)
+    def _count_rare(self) -> None:
+        compilations, self._compilations = self._compilations, self._runner.compilations
+        self._page.add("tokenllm_kernel_compilations_total", self._compilations - compilations)
+        pauses, self._pauses = self._pauses, self._scheduler.pauses
+        self._page.add("tokenllm_preemptions_total", self._pauses - pauses)
 
     def _publish(self) -> None:
         scheduler, page = self._scheduler, self._page

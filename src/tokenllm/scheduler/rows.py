@@ -1,6 +1,6 @@
 """How far each running request has come, in columns with one entry per row: what a step changes for all of them is a
 few numpy operations, however many run. A row is a place in the batch, here and on the device; a request keeps its row
-from its admission to its end.
+from its admission to its end, or until it is paused.
 """
 
 import numpy as np
@@ -8,35 +8,44 @@ from numpy.typing import NDArray
 
 from tokenllm.engine.batch import Column, Decodes
 from tokenllm.memory.token_slots import Slots
-from tokenllm.routing.policy import Demands
+from tokenllm.routing.columns import Columns, Ints
 from tokenllm.scheduler.request import Request
 
 Uids = NDArray[np.uint64]
+Places = NDArray[np.intp]
 
 NOBODY = np.uint64(2**64 - 1)  # no uid: gateways have smaller slots
+NO_STAY = -1
 
 
 class Rows:
-    """`count` rows of at most `max_positions` tokens. Entries of rows that nobody has mean nothing, but for `uids`."""
+    """`count` rows of at most `max_positions` tokens. Entries of rows that nobody has mean nothing, but for `uids`,
+    `stays` and `decodes`.
+    """
 
     def __init__(self, count: int, max_positions: int) -> None:
         self.max_positions = max_positions
         self.uids = np.full(count, NOBODY)
+        self.stays = np.full(count, NO_STAY)  # each admission has a number of its own, higher than those before
         self.prompt = np.zeros(count, np.int32)  # its tokens
+        self.text = np.zeros(count, np.int32)  # tokens to read before it decodes: a resumed one's generated ones too
         self.max_tokens = np.zeros(count, np.int32)
         self.planned = np.zeros(count, np.int32)  # tokens whose K and V are in memory, or on their way
         self.sampled = np.zeros(count, np.int32)  # tokens generated, or on their way
         self.generated = np.zeros(count, np.int32)  # tokens generated and known
         self.cached = np.zeros(count, np.int32)  # tokens of the prompt that somebody had computed before
         self.heeds_eos = np.zeros(count, bool)
-        self.decodes = np.zeros(count, bool)  # its prompt is planned to the end
+        self.decodes = np.zeros(count, bool)  # its text is planned to the end
+        self._judged = np.zeros((3, count), np.int64)  # kind, tenant and priority
+        self._arrival_s = np.zeros(count)
         self._slots = np.empty((count, max_positions), np.int32)  # of each position; costs memory where it is written
         self._ids = np.empty((count, max_positions + 1), np.int32)  # of each position, as far as known
         self._free = list(range(count))[::-1]
+        self._admissions = 0
 
     @property
-    def any_free(self) -> bool:
-        return bool(self._free)
+    def free(self) -> int:
+        return len(self._free)
 
     @property
     def running(self) -> int:
@@ -45,43 +54,76 @@ class Rows:
     def admit(self, request: Request) -> int:
         """The row that the request has from now on."""
         row = self._free.pop()
-        self.uids[row] = request.uid
-        self.prompt[row], self.max_tokens[row] = len(request.prompt), request.max_tokens
-        self.planned[row] = self.sampled[row] = self.generated[row] = self.cached[row] = 0
-        self._ids[row, : len(request.prompt)] = request.prompt
+        self.uids[row], self.stays[row] = request.uid, self._admissions
+        self._admissions += 1
+        self.prompt[row], self.text[row], self.max_tokens[row] = (
+            len(request.prompt),
+            len(request.text),
+            request.max_tokens,
+        )
+        self.planned[row], self.cached[row] = 0, request.cached
+        self.sampled[row] = self.generated[row] = request.generated
+        self._ids[row, : len(request.text)] = request.text
         self.heeds_eos[row], self.decodes[row] = not request.ignore_eos, False
+        self._judged[:, row] = request.kind, request.tenant, request.priority
+        self._arrival_s[row] = request.arrival_s
         return row
 
-    def release(self, row: int) -> Slots:
-        """Nobody has the row now. Returns the slots that it held, which change when it has its next tenant."""
-        self.uids[row] = NOBODY
+    def release(self, row: int) -> None:
+        """Nobody has the row now."""
+        self.uids[row], self.stays[row] = NOBODY, NO_STAY
         self.decodes[row] = False
         self._free.append(row)
-        return self.held(row)
 
     def held(self, row: int) -> Slots:
+        """The slots of its tokens, which change when the row has its next tenant."""
         return self._slots[row, : self.planned[row]]
 
-    def adopt(self, row: int, slots: Slots) -> None:
-        """The row begins with what others have computed."""
-        self._slots[row, : len(slots)] = slots
-        self.planned[row] = self.cached[row] = len(slots)
+    def adopt(self, row: int, slots: Slots) -> int:
+        """The row goes on with what others have computed; `slots` are of all positions from the first on.
+
+        Returns how many of them are new to it.
+        """
+        start = int(self.planned[row])
+        self._slots[row, start : len(slots)] = slots[start:]
+        self.planned[row] = len(slots)
+        return len(slots) - start
 
     def learn(self, rows: Column, tokens: Column) -> None:
         """Each row has generated one more token."""
         self._ids[rows, self.prompt[rows] + self.generated[rows]] = tokens
         self.generated[rows] += 1
 
+    def ids(self, row: int) -> Column:
+        """Its prompt and all it is known to have generated."""
+        return self._ids[row, : self.prompt[row] + self.generated[row]]
+
     def written(self, row: int) -> tuple[Column, Slots]:
         """Ids and slots of the tokens whose K and V are in memory, or on their way, and whose ids are known."""
-        end = min(self.planned[row], self.prompt[row] + self.generated[row])
-        return self._ids[row, :end], self._slots[row, :end]
+        ids = self.ids(row)[: self.planned[row]]
+        return ids, self._slots[row, : len(ids)]
 
-    def wanting_a_token(self) -> NDArray[np.intp]:
+    def wanting_a_token(self) -> Places:
         """The rows that decode at the next step, in ascending order."""
         return (self.decodes & (self.sampled < self.max_tokens)).nonzero()[0]
 
-    def decode(self, rows: NDArray[np.intp], slots: Slots) -> Decodes:
+    def staying(self) -> Places:
+        """The rows that still want tokens, in the order of their admission."""
+        stays = np.where(self.decodes & (self.sampled == self.max_tokens), NO_STAY, self.stays)
+        order = stays.argsort()
+        return order[np.searchsorted(stays, 0, sorter=order) :]
+
+    def columns(self, rows: Places, shared: Ints) -> Columns:
+        """What the router has to know of those who run, as if all that is planned had happened."""
+        prompt, generated, planned, most = (
+            column[rows].astype(np.int64) for column in (self.prompt, self.sampled, self.planned, self.max_tokens)
+        )
+        kind, tenant, priority = self._judged[:, rows]
+        uids, arrival = self.uids[rows].view(np.int64), self._arrival_s[rows]
+        unread = prompt + generated - planned
+        return Columns(uids, prompt, generated, most, unread, shared, arrival, kind, tenant, priority)
+
+    def decode(self, rows: Places, slots: Slots) -> Decodes:
         """Plan one more token for each of these rows."""
         positions = self.planned[rows]
         self._slots[rows, positions] = slots
@@ -90,14 +132,10 @@ class Rows:
         return Decodes(rows.astype(np.int32), positions, slots)
 
     def read(self, row: int, slots: Slots) -> int:
-        """Plan as many tokens of the row's prompt as there are slots. Returns the position of the first."""
+        """Plan as many tokens of the row's text as there are slots. Returns the position of the first."""
         start = int(self.planned[row])
         end = self.planned[row] = start + len(slots)
         self._slots[row, start:end] = slots
-        self.decodes[row] = end == self.prompt[row]
-        self.sampled[row] = self.decodes[row]
+        self.decodes[row] = end == self.text[row]
+        self.sampled[row] += self.decodes[row]
         return start
-
-    def demands(self) -> Demands:
-        taken = self.uids != NOBODY
-        return Demands(self.prompt[taken], self.sampled[taken], self.max_tokens[taken])

@@ -1,11 +1,12 @@
 """The books of the running server: who waits, who runs, which token slots and rows each holds. No tensors, no text.
 
 `accept` takes a message from a gateway, `plan` says what the next step computes, `settle` enters what it gave. Planning
-may run ahead of settling: a token planned past a stop is dropped, and slots given back serve only steps planned later.
+may run ahead of settling: a token planned past a stop or a pause is dropped, and slots given back serve only steps
+planned later. Who is admitted, read and paused is the router's word; it is asked when something can change.
 """
 
-from collections import deque
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 from tokenllm.engine.batch import Chunk, Column, Decodes, Plan, Sampled
 from tokenllm.memory.prefix_tree import NO_SLOTS
 from tokenllm.memory.token_memory import TokenMemory
-from tokenllm.memory.token_slots import Slots
 from tokenllm.messages import (
     FINISH_REASONS,
     Abort,
@@ -28,11 +28,17 @@ from tokenllm.messages import (
     TokenLogprob,
     gateway_of,
 )
-from tokenllm.routing.policy import Conservative
+from tokenllm.routing.columns import Columns, Decision, Ints
+from tokenllm.routing.learned_pace import LearnedPace
+from tokenllm.routing.router import Router
+from tokenllm.scheduler.backlog import Backlog
+from tokenllm.scheduler.queue import Queue
 from tokenllm.scheduler.request import Request
-from tokenllm.scheduler.rows import Rows, Uids
+from tokenllm.scheduler.rows import Places, Rows, Uids
 
 FINISHED: dict[FinishReason, int] = {reason: 1 + code for code, reason in enumerate(FINISH_REASONS)}
+TIMED_EVERY = 8  # steps
+LOOKS = 32  # waiting requests whose prefix is looked for again at each decision
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Planned:
 
     plan: Plan
     uids: Uids  # in the order of `plan.sampling_rows`
+    stays: Ints  # likewise; somebody who was paused may have come back to the same row
 
 
 class Scheduler:
@@ -49,7 +56,7 @@ class Scheduler:
     def __init__(
         self,
         memory: TokenMemory,
-        policy: Conservative,
+        router: Router,
         *,
         rows: int,
         max_positions: int,
@@ -59,23 +66,28 @@ class Scheduler:
         max_queued_requests: int,
         max_queued_tokens: int,
         eos_ids: frozenset[int],
+        pace: LearnedPace | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.memory = memory
-        self.policy = policy
+        self.router = router
         self.rows = Rows(rows, max_positions)
-        self.waiting: deque[Request] = deque()
-        self.waiting_tokens = 0
-        self._reading: deque[Request] = deque()  # those who run and whose prompts are not planned to the end
+        self.waiting = Queue()
+        self.pauses = 0  # so far
+        self.predicted_peak = 0
+        self._pace, self._clock = pace, clock
+        self._backlog = Backlog(pace, memory.capacity) if pace else None
+        self._untimed = 0  # steps without prompts since the pace was told of one
         self._requests: dict[int, Request] = {}  # all that wait or run, by uid
-        self._may_admit = False  # somebody came or went since the policy was last asked
+        self._reading: list[Request] = []  # those who run and whose texts are not planned to the end
+        self._tenants: dict[str, int] = {}
+        self._changed = False  # somebody came or went since the router was last asked
+        self._passed_over = False  # it left somebody waiting
+        self._looked = 0  # place in the queue
         self._prefill_chunk_tokens, self._most_chunks = prefill_chunk_tokens, most_chunks
         self._most_context_tokens = most_context_tokens
         self._max_queued = max_queued_requests, max_queued_tokens
         self._is_eos = _table_of(eos_ids)
-
-    @property
-    def predicted_peak(self) -> int:
-        return self.policy.predicted_peak(self.rows.demands())
 
     def accept(self, message: Inbound) -> list[Begin | Refused | Step]:
         """Take a message; what it returns is for the detokenizer."""
@@ -88,18 +100,16 @@ class Scheduler:
                 return self._abort([uid for uid in self._requests if gateway_of(uid) == (slot, incarnation)])
 
     def _enqueue(self, submit: Submit) -> Begin | Refused:
-        request = Request(submit)
+        request = Request(submit, self._clock(), self._tenants.setdefault(submit.tenant, len(self._tenants)))
         if refusal := self._refusal(submit, request):
             return refusal
+        request.kind = self.router.policy.kind(request.application, request.max_tokens)
         self._requests[submit.uid] = request
-        self.waiting.append(request)
-        self.waiting_tokens += len(request.prompt)
-        self._may_admit = True
-        self._admit()
+        self._wait(request)
         return Begin(submit.uid, len(request.prompt), submit.stop)
 
     def _refusal(self, submit: Submit, request: Request) -> Refused | None:
-        most, longest = request.demand.most, min(self.memory.capacity, self.rows.max_positions)
+        most, longest = request.most, min(self.memory.capacity, self.rows.max_positions)
         if most > longest:
             word = f"prompt and max_tokens need {most} tokens of KV memory, a request may have {longest}"
             return Refused(submit.uid, 400, "context_length_exceeded", word)
@@ -107,103 +117,195 @@ class Scheduler:
             return Refused(submit.uid, 400, "unsupported_parameter", "adapters and media are not served")
         if not len(request.prompt):
             return Refused(submit.uid, 400, "invalid_value", "the prompt is empty")
-        if not self._may_wait(request) and (self.waiting or not self._may_start(request)):
-            word = f"the queue is full: {len(self.waiting)} requests with {self.waiting_tokens} prompt tokens wait"
-            return Refused(submit.uid, 429, "queue_full", word)
+        if not self._may_wait(request):
+            requests, tokens = len(self.waiting), self.waiting.prompt_tokens
+            word = f"the queue is full: {requests} requests with {tokens} prompt tokens wait"
+            return Refused(submit.uid, 429, "queue_full", word, self._retry_after_s())
         return None
 
     def _may_wait(self, request: Request) -> bool:
-        """Whether the queue takes one more; a prompt of any length may stand in an empty one."""
-        max_requests, max_tokens = self._max_queued
-        short = not self.waiting or self.waiting_tokens + len(request.prompt) <= max_tokens
-        return len(self.waiting) < max_requests and short
+        """Whether the queue takes one more; a prompt of any length may stand in an empty one.
 
-    def _may_start(self, request: Request) -> bool:
-        """Whether there is a row and, by the policy, memory for it."""
-        return self.rows.any_free and self.policy.admits(request.demand, self.rows.demands())
+        If nobody was left waiting, those who have come since may be about to start, and do not count.
+        """
+        most_requests, most_tokens = self._max_queued
+        if not self._passed_over:
+            most_requests, most_tokens = most_requests + self.rows.free, most_tokens + self.memory.available
+        short = not self.waiting or self.waiting.prompt_tokens + len(request.prompt) <= most_tokens
+        return len(self.waiting) < most_requests and short
 
-    def _admit(self) -> None:
-        """First come, first served, as long as rows and the policy allow."""
-        while self._may_admit and self.waiting and self._may_start(self.waiting[0]):
-            request = self.waiting.popleft()
-            self.waiting_tokens -= len(request.prompt)
-            request.row = self.rows.admit(request)
-            self._reading.append(request)
-        self._may_admit = False
+    def _retry_after_s(self) -> int:
+        return self._backlog.retry_after_s(self.waiting.columns()) if self._backlog else 1
+
+    def _wait(self, request: Request) -> None:
+        self.waiting.add(request, *self._look(request))
+        self._changed = True
+
+    def _look(self, request: Request) -> tuple[int, int]:
+        """What would be left to compute if it were admitted now, and what of the rest others hold anyway."""
+        look = self.memory.prefixes.look(request.realm, request.text)
+        return len(request.text) - look.cached, look.active
 
     def _abort(self, uids: Iterable[int]) -> list[Begin | Refused | Step]:
         known = tuple(uid for uid in uids if uid in self._requests)
         for uid in known:
-            self._finish(uid)
+            self._finish(self._requests[uid])
         return [_last_words(known, "abort")] if known else []
 
-    def _finish(self, uid: int, *, broken: bool = False) -> None:
-        request = self._requests.pop(uid)
-        self._may_admit = True
+    def _finish(self, request: Request, *, broken: bool = False) -> None:
+        del self._requests[request.uid]
+        self._changed = True
         if request.row is None:
             self.waiting.remove(request)
-            self.waiting_tokens -= len(request.prompt)
             return
-        if not self.rows.decodes[request.row]:
-            self._reading.remove(request)
-        self._give_back(request, request.row, broken)
+        length = int(self.rows.generated[request.row])
+        if length and not broken:
+            self.router.finished(request.kind, length)
+            if self._backlog:
+                self._backlog.finished(length)
+        known = len(self.rows.written(request.row)[0])
+        self._leave(request, request.row, request.shared_tokens if broken else known)
 
-    def _give_back(self, request: Request, row: int, broken: bool) -> None:
-        """What the row holds, but for what the prefix tree keeps of it: of a broken one what it shared before."""
-        ids, slots = self.rows.written(row)
-        if broken:
-            ids, slots = ids[: request.shared_tokens], slots[: request.shared_tokens]
-        beyond = self.rows.held(row)[len(slots) :].copy()  # computed past the end, or never to be known
-        surplus = self.memory.prefixes.insert(request.realm, ids, slots).surplus if len(ids) else NO_SLOTS
-        if request.node:
-            self.memory.prefixes.unlock(request.node)
+    def _leave(self, request: Request, row: int, keep: int) -> None:
+        """The row and what it holds are given up, but for the first tokens that the prefix tree is to keep."""
+        held, prefixes = self.rows.held(row), self.memory.prefixes
+        surplus = prefixes.insert(request.realm, self.rows.ids(row)[:keep], held[:keep]).surplus if keep else NO_SLOTS
+        assert request.node, "who runs holds a node"
+        prefixes.unlock(request.node)
+        if not self.rows.decodes[row]:
+            self._reading.remove(request)
+        request.row = request.node = None
+        request.shared_tokens = 0
+        self.memory.give_back(np.concatenate((surplus, held[keep:])))
         self.rows.release(row)
-        self.memory.give_back(np.concatenate((surplus, beyond)))
+
+    def _pause(self, request: Request, row: int) -> None:
+        """Back to the queue. What it has generated it will read again, as far as the prefix tree has not kept it.
+
+        Nothing is kept of its newest token: what that one leads to is not known to be a number.
+        """
+        request.text, request.cached = self.rows.ids(row).copy(), int(self.rows.cached[row])
+        request.was_paused = True
+        keep = max(request.shared_tokens, min(int(self.rows.planned[row]), len(request.text) - 1))
+        self._leave(request, row, keep)
+        self._wait(request)
+        self.pauses += 1
 
     def plan(self) -> Planned | None:
         """The next step; None when there is nothing to compute."""
-        self._admit()
-        decodes, chunks = self._decodes(), tuple(self._chunks())
-        if not len(decodes.rows) and not chunks:
-            return None
-        plan = Plan(decodes, chunks)
-        return Planned(plan, self.rows.uids[plan.sampling_rows])
+        streams = self.rows.wanting_a_token()
+        if self._must_decide(len(streams)):
+            return self._decide()
+        return self._planned(self._decode(streams), ())
 
-    def _decodes(self) -> Decodes:
-        rows = self.rows.wanting_a_token()
+    def _must_decide(self, streams: int) -> bool:
+        """Otherwise the batch goes on as it is."""
+        retries = self.router.policy.retries and bool(self.waiting)
+        return self._changed or bool(self._reading) or retries or streams > self.memory.available
+
+    def _decide(self) -> Planned | None:
+        """Ask the router, and do what it says."""
+        for request in self._reading:
+            self._catch_up(request)
+        self._look_again()
+        rows = self.rows.staying()
+        running, waiting = self._running_columns(rows), self.waiting.columns()
+        leaving, now = self.rows.running - len(rows), self._clock()
+        decision = self.router.decide(now, running, waiting, self.memory.available, leaving)
+        self._foresee(now, running, waiting, decision)
+        for request in [self._requests[int(uid)] for uid in running.uid[decision.pause]]:
+            assert request.row is not None, "who runs has a row"
+            self._pause(request, request.row)
+        streams = rows[(decision.tokens[: len(rows)] > 0) & self.rows.decodes[rows]]
+        decodes = self._decode(np.sort(streams)[: self.memory.available])  # room may come with those who leave
+        to_read = int(decision.tokens.sum()) - len(streams)
+        self._admit(decision.admit)
+        planned = self._planned(decodes, tuple(self._chunks(to_read)))
+        return planned or (self.plan() if len(decision.pause) else None)
+
+    def _running_columns(self, rows: Places) -> Columns:
+        shared = [self._shared(self._requests[uid]) for uid in self.rows.uids[rows].tolist()]
+        return self.rows.columns(rows, np.array(shared, np.int64))
+
+    def _shared(self, request: Request) -> int:
+        """The tokens it holds that others who run hold too."""
+        assert request.node, "who runs holds a node"
+        return request.shared_tokens - self.memory.prefixes.sole(request.node)
+
+    def _look_again(self) -> None:
+        """A few of those who wait, each time others: what they will find is more by now, or forgotten."""
+        count = len(self.waiting)
+        for place in range(self._looked, self._looked + min(LOOKS, count)):
+            self.waiting.see(place % count, *self._look(self.waiting.requests[place % count]))
+        self._looked = (self._looked + LOOKS) % max(1, count)
+
+    def _foresee(self, now: float, running: Columns, waiting: Columns, decision: Decision) -> None:
+        """Enter what follows from a decision: what memory the batch will need, and how quickly the queue is served."""
+        admitted = waiting.take(decision.admit)
+        if self._backlog and len(admitted):
+            self._backlog.admitted(now, admitted)
+        if self._changed or len(admitted) or len(decision.pause):
+            stay = np.delete(np.arange(len(running)), decision.pause)
+            self.predicted_peak = int(self.router.policy.peak(running.take(stay).then(admitted)))
+        self._changed = bool(len(admitted))
+        self._passed_over = len(waiting) > len(admitted)
+
+    def _admit(self, places: Ints) -> None:
+        for request in self.waiting.take(places):
+            request.row = self.rows.admit(request)
+            self._reading.append(request)
+            self._catch_up(request)
+
+    def _decode(self, rows: Places) -> Decodes:
         return self.rows.decode(rows, self.memory.take(len(rows)))
 
-    def _chunks(self) -> Iterable[Chunk]:
-        """Prompts are read in the order of admission, so many tokens and so many prompts in one step."""
-        budget, context = self._prefill_chunk_tokens, self._most_context_tokens
-        for _ in range(self._most_chunks):
-            if not (budget and self._reading and len(self._reading[0].prompt) <= context):
-                return
-            chunk = self._chunk(self._reading[0], budget)
-            if chunk.samples:
-                self._reading.popleft()
-            budget, context = budget - chunk.tokens, context - chunk.end
-            yield chunk
+    def _chunks(self, budget: int) -> Iterable[Chunk]:
+        """The next parts of texts, in the policy's order: so many tokens, texts and contexts in one step."""
+        left, context = self._most_chunks, self._most_context_tokens
+        budget = min(budget, self._prefill_chunk_tokens)
+        for request in self._in_reading_order():
+            row = request.row
+            assert row is not None, "who reads has a row"
+            self._catch_up(request)
+            planned = int(self.rows.planned[row])
+            tokens = min(budget, len(request.text) - planned, context - planned, self.memory.available)
+            if tokens > 0 and left:
+                chunk = self._chunk(request, row, tokens)
+                left, budget, context = left - 1, budget - tokens, context - chunk.end
+                yield chunk
 
-    def _chunk(self, request: Request, most_tokens: int) -> Chunk:
-        row = request.row
-        assert row is not None, "who reads a prompt has a row"
-        prefix = NO_SLOTS if request.node else self._find_prefix(request, row)
-        left = len(request.prompt) - int(self.rows.planned[row])
-        slots = self.memory.take(min(most_tokens, left))
-        chunk = request.chunk(row, self.rows.read(row, slots), slots, prefix)
+    def _in_reading_order(self) -> list[Request]:
+        unread = [len(request.text) - int(self.rows.planned[request.row]) for request in self._reading]
+        order = self.router.policy.reading_order(np.array(unread, np.int64))
+        return [self._reading[place] for place in order.tolist()]
+
+    def _chunk(self, request: Request, row: int, tokens: int) -> Chunk:
+        start, slots = int(self.rows.planned[row]), self.memory.take(tokens)
+        prefix = self.rows.held(row).copy() if request.adopted else NO_SLOTS
+        self.rows.read(row, slots)
+        request.adopted = False
         self._share(request, *self.rows.written(row))
-        return chunk
+        if self.rows.decodes[row]:
+            self._reading.remove(request)
+        return request.chunk(row, start, slots, prefix)
 
-    def _find_prefix(self, request: Request, row: int) -> Slots:
-        """What was computed before, be it by the prompt that this very step reads before this one."""
-        match = self.memory.prefixes.match(request.realm, request.prompt)
-        self.memory.prefixes.lock(match.node)
+    def _catch_up(self, request: Request) -> None:
+        """Adopt what others have computed of its text by now, be it in a chunk that this very step reads before."""
+        prefixes, row, node = self.memory.prefixes, request.row, request.node
+        assert row is not None, "who reads has a row"
+        if node and prefixes.known(request.realm, request.text[:-1]) <= self.rows.planned[row]:
+            return
+        match = prefixes.match(request.realm, request.text)
+        prefixes.lock(match.node)
+        if node:
+            prefixes.unlock(node)
         request.node, request.shared_tokens = match.node, len(match)
-        self.rows.adopt(row, match.slots)
-        return match.slots
+        adopted = self.rows.adopt(row, match.slots)
+        request.adopted |= adopted > 0
+        if not request.was_paused:
+            self.rows.cached[row] += adopted
 
-    def _share(self, request: Request, ids: Column, slots: Slots) -> None:
+    def _share(self, request: Request, ids: Column, slots: Column) -> None:
         """From this plan on others may begin with these tokens: what they read is computed before they read it.
 
         Where somebody else has shared the same since the prefix was found (as all twins have the last token of their
@@ -216,16 +318,22 @@ class Scheduler:
             prefixes.lock(request.node)
             prefixes.unlock(node)
 
+    def _planned(self, decodes: Decodes, chunks: tuple[Chunk, ...]) -> Planned | None:
+        if not len(decodes.rows) and not chunks:
+            return None
+        plan = Plan(decodes, chunks)
+        return Planned(plan, self.rows.uids[plan.sampling_rows], self.rows.stays[plan.sampling_rows])
+
     def settle(self, planned: Planned, sampled: Sampled) -> Step:
         """Enter what a step sampled, finish who is done, and tell the detokenizer."""
         rows = planned.plan.sampling_rows
-        lives = self.rows.uids[rows] == planned.uids  # who ended after the launch has had a last word already
+        lives = self.rows.stays[rows] == planned.stays  # who ended or was paused after the launch is told nothing of it
         rows, uids, tokens = rows[lives], tuple(planned.uids[lives].tolist()), sampled.tokens[lives]
         self.rows.learn(rows, tokens)
         cached = tuple(self.rows.cached[rows].tolist())
         finished, valid = self._finished(rows, tokens), tokens >= 0
         for place in finished.nonzero()[0]:
-            self._finish(uids[place], broken=bool(tokens[place] < 0))
+            self._finish(self._requests[uids[place]], broken=bool(tokens[place] < 0))
         return Step(
             uids=uids,
             counts=tuple(valid.view(np.int8).tolist()),
@@ -234,6 +342,15 @@ class Scheduler:
             cached_tokens=cached,
             logprobs=_logprobs(planned.uids, sampled, lives) if sampled.logprobs else {},
         )
+
+    def took(self, planned: Planned, seconds: float) -> None:
+        """What a step took: the router's pace is learned from it. Of steps that only decode, a few will do."""
+        plan = planned.plan
+        decodes = len(plan.decodes.rows)
+        self._untimed = 0 if plan.chunks else (self._untimed + 1) % TIMED_EVERY
+        if self._pace and not self._untimed:
+            held = int(plan.decodes.positions.sum()) + decodes
+            self._pace.took(seconds, held, decodes, plan.tokens - decodes)
 
     def _finished(self, rows: Column, tokens: Column) -> NDArray[np.int8]:
         """How each row ends with this token, its newest, in the numbers of `Step.finished`."""
