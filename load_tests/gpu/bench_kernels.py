@@ -9,13 +9,10 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,7 +22,7 @@ from tokenllm_kernels import LogitsRule, prepare_linear
 from tokenllm_kernels.gpu import layers
 from tokenllm_kernels.gpu.decode_attention import DecodePlan, DecodeTiling, decode_attention, plan_decode
 from tokenllm_kernels.gpu.inputs import gather_contexts
-from tokenllm_kernels.gpu.linear import linear, linear_silu_mul, tiles_for
+from tokenllm_kernels.gpu.linear import bucket_of, choice_for, linear, linear_silu_mul
 from tokenllm_kernels.gpu.prefill_attention import ChunkTable, prefill_attention
 from tokenllm_kernels.gpu.prefill_hopper import (
     BLOCK_M,
@@ -36,13 +33,12 @@ from tokenllm_kernels.gpu.prefill_hopper import (
     prefill_attention_hopper,
 )
 from tokenllm_kernels.gpu.sampling import SamplingTable, SamplingWorkspace, sample_rows, set_rules
-from tune_linear import Shape, compile_one, random_case, shapes_of
+from tune_linear import Job, Shape, compile_all, random_case, shapes_of
 
 EIGHT_B = Path(__file__).parents[2] / "tests" / "data" / "llama-3.1-8b-config.json"
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 CYCLED_BYTES = 300_000_000  # six times the cache
 MOST_CALLS = 64
-POOL_PROCESSES = 14
 
 
 @dataclass(frozen=True)
@@ -235,16 +231,12 @@ def products(bench: Bench, configs: Sequence[dict]) -> Iterator[Measurement]:
 
 
 def compile_products(bench: Bench, shapes: Sequence[Shape], tokens: Sequence[int]) -> None:
-    """At once, in a pool of processes; Triton's cache hands them on."""
-    found = {
-        (count, shape.gated, tiles)
+    compile_all(
+        Job(shape, False, bucket_of(count), choice)
         for shape in shapes
         for count in tokens
-        if (tiles := tiles_for(count, shape.features, shape.depth, gated=shape.gated, device=bench.device))
-    }
-    if len(found) > POOL_PROCESSES:
-        with ProcessPoolExecutor(POOL_PROCESSES, mp_context=get_context("spawn")) as pool:
-            list(track(pool.map(compile_one, sorted(found, key=str)), "compiling", total=len(found), transient=True))
+        if (choice := choice_for(count, shape.features, shape.depth, gated=shape.gated, device=bench.device))
+    )
 
 
 def product(bench: Bench, shape: Shape, tokens: int, weights: Sequence[Tensor]) -> Measurement:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenllm_kernels.gpu import linear_hopper
-from tokenllm_kernels.gpu.linear_hopper import MOST_BLOCK_N, MOST_TOKENS, StreamTiling, stream_linear
+from tokenllm_kernels.gpu.linear_hopper import MOST_BLOCK_N, MOST_TOKENS, Cut, StreamTiling, stream_linear
 
 HELPERS = ["_first_tile", "_holder", "_slot", "_begin_sums", "_add_up"]
 HELPERS += ["_expect", "_fetch_weights", "_fetch_inputs", "_multiply"]
@@ -229,14 +229,15 @@ def played(processors: int, order: list[float]) -> Iterator[linear_hopper.Stream
     depth=st.integers(1, 80).map(lambda eighth: 8 * eighth),
     kind=st.sampled_from(["", "bias", "gated", "add", "bias add"]),
     block_n=st.sampled_from([64, 128]),
-    ring_bytes=st.sampled_from([1, 64 * 1024, 160 * 1024]),
+    ring_kb=st.sampled_from([1, 64, 160]),
+    cut=st.sampled_from(["anywhere", "between blocks", "evenly"]),
     early=st.booleans(),
     processors=st.integers(1, 20),
     order=st.lists(st.floats(0, 1), min_size=20, max_size=20),
 )
 def test_equals_its_definition_whenever_copies_land_and_whoever_comes_last(
-    tokens: int, features: int, depth: int, kind: str, block_n: int, ring_bytes: int, early: bool,
-    processors: int, order: list[float],
+    tokens: int, features: int, depth: int, kind: str, block_n: int, ring_kb: int, cut: Cut,
+    early: bool, processors: int, order: list[float],
 ) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(tokens + depth)
     gated, rows = kind == "gated", features * 2 if kind == "gated" else features
@@ -248,12 +249,12 @@ def test_equals_its_definition_whenever_copies_land_and_whoever_comes_last(
     if gated:
         gate, up = exact.bfloat16().double().chunk(2, dim=1)
         exact = functional.silu(gate) * up
-    tiling = StreamTiling(block_n=block_n, block_k=64, ring_bytes=ring_bytes, early=early)
+    tiling = StreamTiling(block_n, block_k=64, ring_kb=ring_kb, cut=cut, early=early)
     with played(processors, order) as workspace:
         for _ in range(2):
             target = held.clone() if "add" in kind else torch.full_like(held, math.nan)
             place = {"add_to" if "add" in kind else "out": target}
-            stream_linear(x, weight, bias=bias if "bias" in kind else None, gated=gated, tiling=tiling, **place)
+            stream_linear(x, weight, tiling, bias=bias if "bias" in kind else None, gated=gated, **place)
             expected = exact + held.double() if "add" in kind else exact
             assert (target.double() - expected).norm() <= 1e-2 * expected.norm() + 1e-3
             assert not workspace.arrived.any(), "the next launch finds the counters at zero"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SUITE = {  # the least number of tests that `make test` must find in each, with or without a GPU
     "tests/engine/test_cuda_runner.py": 3,
     "tests/kernels/test_inputs.py": 2,
-    "tests/kernels/test_linear_hopper.py": 9,
+    "tests/kernels/test_linear_hopper.py": 12,
     "tests/kernels/test_linear_hopper_played.py": 1,
     "tests/kernels/test_prefill_hopper.py": 2,
     "tests/kernels/test_sampling.py": 22,

@@ -6,14 +6,16 @@ columns (split-K): partial sums go through memory and the last program to arrive
 weight is the left operand of the tensor core product, so its rows fill the large side of the instruction and the tokens
 the small one.
 
-Which is quicker, and with which tiles, was measured per shape and number of tokens (`load_tests/gpu/tune_linear.py`
-writes `linear_h100.json`); cuBLAS is one of the candidates.
+There are three ways to compute a product: this one, `linear_hopper.py` where Triton has Gluon, and cuBLAS. Which is the
+quickest, and with which tiles, was measured per shape and number of tokens among the kernels that come before and after
+it in a layer (`load_tests/gpu/tune_linear.py` writes `linear_h100.json`). What is not in the table goes to cuBLAS.
 """
 
 import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -24,10 +26,13 @@ from torch.nn import functional
 from tokenllm_kernels.gpu.device import is_hopper
 from tokenllm_kernels.gpu.launch import after_predecessors, dependent, let_successors_begin
 from tokenllm_kernels.gpu.layers import silu_mul
+from tokenllm_kernels.gpu.linear_hopper import StreamTiling, is_available, stream_linear
 from tokenllm_kernels.reference import Linear
 
 MOST_TOKENS = 128  # beyond, the product is no longer bound by the weight alone, and cuBLAS is at home
+LEAST_BUCKET = 8
 SPLIT_WORKSPACE = 1 << 23  # float32 numbers
+TABLE = Path(__file__).parent / "linear_h100.json"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class Tiles:
     splits: int
     warps: int
     stages: int
+
+
+Choice: TypeAlias = Tiles | StreamTiling | None  # None is cuBLAS
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class SplitWorkspace:
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # all numbers of a bucket are served by what was compiled for one
 def _few_tokens_kernel(
     x, weight, bias, out, sums, arrived, tokens, features, depth, share, splits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
@@ -166,43 +174,78 @@ def few_tokens(
 
 
 @cache
-def _measured() -> dict[str, list[int]]:
-    return json.loads((Path(__file__).parent / "linear_h100.json").read_text())["tiles"]
+def _measured() -> dict[str, dict[str, list[Any]]]:
+    return read_table(TABLE)
+
+
+def read_table(path: Path) -> dict[str, dict[str, list[Any]]]:
+    """Per shape and bucket the fields of a `StreamTiling` under "stream", or of `Tiles` under "few"; where both are
+    there, the latter is for a Triton without Gluon.
+    """
+    return json.loads(path.read_text(encoding="utf-8"))["choices"]
+
+
+def key_of(rows: int, depth: int, bucket: int, *, gated: bool) -> str:
+    return f"{'gated ' if gated else ''}{rows}x{depth} m{bucket}"
+
+
+def bucket_of(tokens: int) -> int:
+    """The numbers of tokens that make no difference are powers of two and what lies below them."""
+    return max(LEAST_BUCKET, triton.next_power_of_2(tokens))
 
 
 @cache
-def tiles_for(tokens: int, features: int, depth: int, *, gated: bool, device: torch.device) -> Tiles | None:
-    """The quickest tiles that were measured for this shape; None where cuBLAS is quicker or nothing was measured."""
+def choice_for(tokens: int, rows: int, depth: int, *, gated: bool, device: torch.device) -> Choice:
+    """The quickest way that was measured for a weight [rows, depth]."""
     if tokens > MOST_TOKENS or not is_hopper(device):
         return None
-    bucket = max(16, triton.next_power_of_2(tokens))
-    found = _measured().get(f"{'gated ' if gated else ''}{features}x{depth} m{bucket}")
-    return Tiles(*found) if found else None
+    found = _measured().get(key_of(rows, depth, bucket_of(tokens), gated=gated), {})
+    if "stream" in found and is_available(device):
+        return StreamTiling(*found["stream"])
+    return Tiles(*found["few"]) if "few" in found else None
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    choice: Choice,
+    *,
+    bias: Tensor | None = None,
+    gated: bool = False,
+    out: Tensor | None = None,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    """As `few_tokens`, in the way that was chosen."""
+    match choice:
+        case Tiles():
+            return few_tokens(x, weight, choice, bias=bias, gated=gated, out=out, add_to=add_to)
+        case StreamTiling():
+            return stream_linear(x, weight, choice, bias=bias, gated=gated, out=out, add_to=add_to)
+    if gated:
+        return silu_mul(functional.linear(x, weight))
+    if add_to is not None:
+        return add_to.addmm_(x, weight.t())
+    if out is None:
+        return functional.linear(x, weight, bias)
+    torch.mm(x, weight.t(), out=out)
+    return out if bias is None else out.add_(bias)
 
 
 def linear(x: Tensor, w: Linear, out: Tensor | None = None) -> Tensor:
     """x [tokens, in] @ weight.T + bias → [tokens, out], into `out` where one is given."""
-    if tiles := _tiles(x, w, gated=False):
-        return few_tokens(x, w.weight, tiles, bias=w.bias, out=out)
-    if out is None:
-        return functional.linear(x, w.weight, w.bias)
-    torch.mm(x, w.weight.t(), out=out)
-    return out if w.bias is None else out.add_(w.bias)
+    return product(x, w.weight, _choice(x, w, gated=False), bias=w.bias, out=out)
 
 
 def linear_silu_mul(x: Tensor, w: Linear) -> Tensor:
     """silu(gate) · up of (gate ‖ up) = x @ weight.T: [tokens, in] → [tokens, out / 2]."""
-    tiles = _tiles(x, w, gated=True)
-    return few_tokens(x, w.weight, tiles, gated=True) if tiles else silu_mul(linear(x, w))
+    return product(x, w.weight, _choice(x, w, gated=True), gated=True)
 
 
 def linear_add(x: Tensor, w: Linear, residual: Tensor) -> Tensor:
     """residual + x @ weight.T, written over `residual`."""
-    if tiles := _tiles(x, w, gated=False):
-        return few_tokens(x, w.weight, tiles, add_to=residual)
-    return residual.addmm_(x, w.weight.t())
+    return product(x, w.weight, _choice(x, w, gated=False), add_to=residual)
 
 
-def _tiles(x: Tensor, w: Linear, *, gated: bool) -> Tiles | None:
-    features, depth = w.weight.shape
-    return tiles_for(x.shape[0], features, depth, gated=gated, device=x.device) if x.itemsize == 2 else None
+def _choice(x: Tensor, w: Linear, *, gated: bool) -> Choice:
+    rows, depth = w.weight.shape
+    return choice_for(x.shape[0], rows, depth, gated=gated, device=x.device) if x.itemsize == 2 else None

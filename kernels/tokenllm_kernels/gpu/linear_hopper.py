@@ -12,12 +12,13 @@ The weight is the left operand, so its rows fill the large side of the instructi
 is used here and in `prefill_hopper.py` alone; `is_available` tells whether the installed Triton and the device can run
 it.
 
-Not in the engine: it has been compiled for Hopper, and played on a CPU by a model of the hardware, but not yet run on a
-GPU (`load_tests/gpu/check_linear_hopper.py` does). `linear.py` is what serves.
+`linear.py` says for which products this is the quickest way. Nothing of the kernels before it is touched before
+`gdc_wait`, the workspace included, and every CTA says it, so products of all kinds may follow each other (`launch.py`).
 """
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal, TypeAlias
 
 import torch
 import triton
@@ -47,16 +48,33 @@ MOST_TOKENS = 64
 MOST_BLOCK_N = 128
 ALIGNED = 8  # numbers of two bytes: TMA wants rows that are a multiple of 16 bytes
 
+Cut: TypeAlias = Literal["anywhere", "between blocks", "evenly"]
+
 
 @dataclass(frozen=True)
 class StreamTiling:
-    """How a product is cut; part of its compilation, not of its meaning."""
+    """How a product is cut; part of its compilation, not of its meaning.
+
+    Cut anywhere, all multiprocessors have equal pieces. Cut between blocks, as many as can have equal numbers of whole
+    row blocks: some have none, but few or no sums are shared. Evenly is the same, but where there are several times as
+    many multiprocessors as blocks, as many as there can be share each.
+    """
 
     block_n: int = 64  # rows of the weight in a tile: 64 or 128; a gated tile has as many of gate and of up
     block_k: int = 128  # its columns: 64, 128 or 256
-    ring_bytes: int = 160 * 1024  # at most, of 227 KB that a multiprocessor has
-    ctas: int = 0  # at most one per multiprocessor; 0 is one on each
+    ring_kb: int = 160  # at most, of 227 that a multiprocessor has
+    cut: Cut = "anywhere"
     early: bool = True  # successors may begin at once, or else when the last weights are on their way
+
+    def ctas(self, blocks: int, k_tiles: int, processors: int) -> int:
+        """At most one per multiprocessor, each with a tile at least."""
+        match self.cut:
+            case "anywhere":
+                return min(processors, blocks * k_tiles)
+            case "evenly" if blocks < processors:
+                return blocks * min(processors // blocks, k_tiles)
+            case _:
+                return triton.cdiv(blocks, triton.cdiv(blocks, processors))
 
 
 @dataclass(frozen=True)
@@ -92,11 +110,11 @@ class StreamPlan:
     ) -> "StreamPlan":
         block_m = max(8, triton.next_power_of_2(tokens))
         k_tiles = triton.cdiv(depth, tiling.block_k)
-        tiles = triton.cdiv(features, tiling.block_n) * k_tiles
-        ctas = min(tiling.ctas or processors, processors, tiles)
+        blocks = triton.cdiv(features, tiling.block_n)
+        tiles, ctas = blocks * k_tiles, tiling.ctas(blocks, k_tiles, processors)
         stage_bytes = ((1 + gated) * tiling.block_n + block_m) * tiling.block_k * 2
         # a stage is filled again while the next one is in use: there are two at least
-        stages = max(2, min(tiling.ring_bytes // stage_bytes, triton.cdiv(tiles, ctas)))
+        stages = max(2, min(tiling.ring_kb * 1024 // stage_bytes, triton.cdiv(tiles, ctas)))
         return StreamPlan(block_m, stages, k_tiles, tiles, ctas)
 
 
@@ -112,12 +130,12 @@ def fits(tokens: int, features: int, depth: int, gated: bool) -> bool:
 def stream_linear(
     x: Tensor,
     weight: Tensor,
+    tiling: StreamTiling,
     *,
     bias: Tensor | None = None,
     gated: bool = False,
     out: Tensor | None = None,
     add_to: Tensor | None = None,
-    tiling: StreamTiling = StreamTiling(),
 ) -> Tensor:
     """x [tokens, in] · weight [out, in]ᵀ (+ bias) → [tokens, out], for at most `MOST_TOKENS` tokens.
 
