@@ -118,11 +118,11 @@ class Page:
         """Set a gauge. It stays so when this process dies, until its successor sets it."""
         self._slots[GAUGES[name]] = value
 
-    def observe(self, name: str, seconds: float) -> None:
-        """Count one event in a histogram."""
+    def observe(self, name: str, seconds: float, events: int = 1) -> None:
+        """Count events that took as long in a histogram."""
         start, bounds = HISTOGRAMS[name]
-        self._slots[start + len(bounds) + 1] += seconds
-        self._slots[start + bisect_left(bounds, seconds)] += 1.0
+        self._slots[start + len(bounds) + 1] += seconds * events
+        self._slots[start + bisect_left(bounds, seconds)] += events
 
     def get(self, name: str, label: str = "") -> float:
         """The value of a gauge or a counter."""

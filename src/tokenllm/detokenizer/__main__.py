@@ -42,8 +42,8 @@ def serve(inbox: Receiver[Midway], detokenizer: Detokenizer, outboxes: Sequence[
         for message in inbox.receive():
             for slot, news in detokenizer.accept(message).items():
                 outboxes[slot].put(news)
-        for outbox in outboxes:
-            outbox.flush()
+            for outbox in outboxes:
+                outbox.flush()
 
 
 if __name__ == "__main__":

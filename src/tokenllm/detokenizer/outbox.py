@@ -11,6 +11,8 @@ import msgspec
 from tokenllm.messages import Delta, Outbound, Texts
 from tokenllm.ring import HEADER, RingFull, Sender
 
+BEHIND_BYTES = 1 << 15  # unread: enough to keep a gateway busy, and little enough that what waits is told soon
+
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -37,7 +39,7 @@ class Outbox:
 
     def flush(self) -> None:
         """Send as much as there is room for now. Order holds for each uid: frames are older than deltas."""
-        while self.waiting:
+        while self.waiting and self._sender.used_bytes < BEHIND_BYTES:
             if not self._frames:
                 self._frames.extend(_frames(tuple(self._deltas.values()), self._largest))
                 self._deltas.clear()

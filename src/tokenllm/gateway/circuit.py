@@ -108,6 +108,7 @@ class Circuit:
 
     def abandon(self, reply: Reply) -> None:
         """Nobody reads this reply any more: abort what has not ended, and keep waiting for its last words."""
+        reply.close()
         for uid in reply.uids:
             if line := self._ledger.get(uid):
                 line.reply = None
@@ -153,8 +154,7 @@ class Circuit:
         match message:
             case Texts():
                 self.heard_s = time.monotonic()
-                for delta in message.deltas:
-                    self._deliver(delta, self.heard_s)
+                self._deliver(message.deltas, self.heard_s)
             case Refused():
                 self.heard_s = time.monotonic()
                 self._end(message.uid, "refused", _refusal(message))
@@ -162,27 +162,30 @@ class Circuit:
                 self.ready = message
                 self._on_ready(message)
 
-    def _deliver(self, delta: Delta, now_s: float) -> None:
-        line = self._ledger.get(delta.uid)
-        if line is None:  # a predecessor's
-            return
-        if delta.tokens:
-            self._measure(line, delta.tokens, now_s)
-        if delta.finish is None:
-            if line.reply:
+    def _deliver(self, deltas: Sequence[Delta], now_s: float) -> None:
+        gaps: dict[tuple[float, int], int] = {}  # those who spoke together before spoke at the same time
+        for delta in deltas:
+            line = self._ledger.get(delta.uid)
+            if line is None:  # a predecessor's
+                continue
+            if delta.tokens:
+                if line.spoke_s is None:
+                    self._page.observe("tokenllm_time_to_first_token_seconds", now_s - line.arrived_s)
+                else:
+                    gap = line.spoke_s, delta.tokens
+                    gaps[gap] = gaps.get(gap, 0) + 1
+                line.spoke_s = now_s
+            if delta.finish:
+                self._last_delta(delta, delta.finish)
+            elif line.reply:
                 line.reply.put(line.index, delta)
-            return
-        self._end(delta.uid, delta.finish.reason, _failure(delta.finish) or delta)
-        if delta.finish.by_stop_string:
-            self._abort(delta.uid)
+        for (spoke_s, tokens), lines in gaps.items():
+            self._page.observe("tokenllm_inter_token_latency_seconds", (now_s - spoke_s) / tokens, tokens * lines)
 
-    def _measure(self, line: _Line, tokens: int, now_s: float) -> None:
-        if line.spoke_s is None:
-            self._page.observe("tokenllm_time_to_first_token_seconds", now_s - line.arrived_s)
-        else:
-            for _ in range(tokens):
-                self._page.observe("tokenllm_inter_token_latency_seconds", (now_s - line.spoke_s) / tokens)
-        line.spoke_s = now_s
+    def _last_delta(self, delta: Delta, finish: Finish) -> None:
+        self._end(delta.uid, finish.reason, _failure(finish) or delta)
+        if finish.by_stop_string:
+            self._abort(delta.uid)
 
     def _end(self, uid: int, reason: str, last_word: Delta | ApiError) -> None:
         line = self._ledger.pop(uid, None)

@@ -9,11 +9,14 @@ import asyncio
 import hmac
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterable
 from hashlib import sha256
+from math import inf
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tokenllm.gateway.alarm import Alarm
 from tokenllm_schemas.errors import ApiError, busy
 
 LARGEST_BODY = 4 * 2**20
@@ -73,6 +76,7 @@ class Guard:
             await exchange.refuse(ApiError(500, "internal error; the log has the details", "internal_error"))
             raise  # the HTTP server logs it
         finally:
+            exchange.close()
             self._open -= 1
             self._body_bytes -= exchange.body_bytes
             if not self._open:
@@ -129,6 +133,13 @@ class Exchange:
         self._body_ended = False
         self._started = False
         self._finished = False
+        self._stalling = Alarm(self._stall)
+        self._stalled = False
+        self._writer: asyncio.Task[object] | None = None
+
+    def close(self) -> None:
+        """Nothing follows."""
+        self._stalling.stop()
 
     def header(self, name: bytes) -> bytes | None:
         """The value of a header; None when it is absent, empty when it is there more than once."""
@@ -179,11 +190,20 @@ class Exchange:
             message = {**message, "headers": [*message["headers"], *self._own_headers()]}
         elif not message.get("more_body", False):
             self._finished = True  # from here on the disconnect is our own doing
+        self._writer = asyncio.current_task()
+        self._stalling.set(time.monotonic() + STALL_S)
         try:
-            async with asyncio.timeout(STALL_S):
-                await self._send(message)
-        except TimeoutError:
-            raise ClientGone from None
+            await self._send(message)
+        except asyncio.CancelledError:
+            if self._stalled and not self._writer.uncancel():  # type: ignore[union-attr]
+                raise ClientGone from None
+            raise
+        finally:
+            self._stalling.set(inf)
+
+    def _stall(self) -> None:
+        self._stalled = True
+        self._writer.cancel()  # type: ignore[union-attr]
 
     async def refuse(self, error: ApiError) -> None:
         """Answer with an error, if nothing has been answered yet."""

@@ -4,12 +4,12 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from math import inf
 from typing import Literal, NamedTuple
 
 import msgspec
 
+from tokenllm.gateway.alarm import Alarm
 from tokenllm.messages import Delta, Finish, TokenText
 from tokenllm_schemas.errors import ApiError
 from tokenllm_schemas.responses import Usage
@@ -34,16 +34,25 @@ class Reply:
         self.open = len(uids)  # choices whose last word has not been taken
         self._deltas: list[tuple[int, Delta]] = []
         self._error: ApiError | None = None
-        self._heard = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # waits
+        self._alarm = Alarm(self._wake)
 
     def put(self, index: int, delta: Delta) -> None:
         self._deltas.append((index, delta))
-        self._heard.set()
+        self._wake()
 
     def fail(self, error: ApiError) -> None:
         """The last word of one choice, and with it of the whole reply."""
         self._error = error
-        self._heard.set()
+        self._wake()
+
+    def close(self) -> None:
+        """Nobody will ask any more."""
+        self._alarm.stop()
+
+    def _wake(self) -> None:
+        if self._reader and not self._reader.done():
+            self._reader.set_result(None)
 
     def written(self) -> None:
         """Its client has been sent something, and waits anew."""
@@ -54,22 +63,23 @@ class Reply:
 
         Raises the error that ended the reply, after what had come before it, or that its client waits no longer.
         """
-        limit_s = min(silence_s, self._patience_left_s())
-        with suppress(TimeoutError):
-            async with asyncio.timeout(None if limit_s == inf else limit_s):
-                await self._heard.wait()
+        patient_until_s = self._waits_since_s + self._patience_s
+        if not self._deltas and not self._error:
+            await self._heard(min(time.monotonic() + silence_s, patient_until_s))
         deltas, self._deltas = self._deltas, []
         if self._error and not deltas:
             raise self._error
-        if self._patience_left_s() <= 0:
+        if time.monotonic() >= patient_until_s:
             raise ApiError(408, f"no answer within the {self._patience_s:g} s that the client waits", "timeout")
-        if not self._error:
-            self._heard.clear()
-        self.open -= sum(delta.finish is not None for _, delta in deltas)
+        for _, delta in deltas:
+            if delta.finish:
+                self.open -= 1
         return deltas
 
-    def _patience_left_s(self) -> float:
-        return self._waits_since_s + self._patience_s - time.monotonic()
+    async def _heard(self, until_s: float) -> None:
+        self._reader = asyncio.get_running_loop().create_future()
+        self._alarm.set(until_s)
+        await self._reader
 
 
 class Said(msgspec.Struct, frozen=True):

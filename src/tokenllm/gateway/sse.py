@@ -3,7 +3,7 @@
 What is the same in all chunks of a choice is serialised once; what waits when a stream wakes up is one write.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from tokenllm.gateway.circuit import Circuit
 from tokenllm.gateway.patience import patience_of
 from tokenllm.gateway.reply import Reply, Said, client_reason, joined, total_usage
-from tokenllm.messages import Finish, Submit, TokenText
+from tokenllm.messages import Delta, Finish, Submit, TokenText
 from tokenllm_schemas.errors import ApiError
 from tokenllm_schemas.responses import FinishReason, Usage
 
@@ -26,6 +26,8 @@ HEADERS = [
 ]
 HOLE = msgspec.Raw(b"\0")  # JSON escapes every other zero byte
 
+_encode = msgspec.json.Encoder().encode
+
 
 def event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
@@ -35,11 +37,13 @@ class ChunkForm:
     """The chunks of one choice, with holes for their text and their logprobs."""
 
     def __init__(self, chunk: msgspec.Struct) -> None:
-        self._before, self._between, self._after = event(msgspec.json.encode(chunk)).split(b"\0")
+        self._before, self._between, self._after = event(_encode(chunk)).split(b"\0")
+        self._without_logprobs = self._between + b"null" + self._after
 
     def fill(self, text: str, logprobs: msgspec.Struct | None) -> bytes:
-        encode = msgspec.json.encode
-        return b"".join((self._before, encode(text), self._between, encode(logprobs), self._after))
+        if logprobs is None:
+            return self._before + _encode(text) + self._without_logprobs
+        return b"".join((self._before, _encode(text), self._between, _encode(logprobs), self._after))
 
 
 class Frames(Protocol):
@@ -68,7 +72,7 @@ class EventStream:
         reply = self._circuit.submit(self._submits, patience_of(scope))
         try:
             # a refusal that comes before anything else is a proper status, so the headers wait for it
-            first = joined(await reply.deltas(SILENCE_S))
+            first = await reply.deltas(SILENCE_S)
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             ending = await self._follow(reply, self._frames.opening() + self._told(first), send)
             await send({"type": "http.response.body", "body": ending + DONE, "more_body": False})
@@ -85,14 +89,17 @@ class EventStream:
                     if piece is not KEEP_ALIVE:
                         reply.written()
                     silence = KEEP_ALIVE
-                said = joined(await reply.deltas(SILENCE_S))
-                piece = self._told(said) if said else silence
+                deltas = await reply.deltas(SILENCE_S)
+                piece = self._told(deltas) if deltas else silence
         except ApiError as error:
             return event(error.envelope())
         return piece + self._usage()
 
-    def _told(self, said: Iterable[Said]) -> bytes:
-        return b"".join(part for piece in said for part in self._parts(piece))
+    def _told(self, deltas: Sequence[tuple[int, Delta]]) -> bytes:
+        if len(deltas) == 1 and not deltas[0][1].finish:  # nearly always
+            [(index, delta)] = deltas
+            return self._frames.text(index, delta.text, delta.logprobs) if delta.text or delta.logprobs else b""
+        return b"".join(part for said in joined(deltas) for part in self._parts(said))
 
     def _parts(self, said: Said) -> Iterator[bytes]:
         if said.text or said.logprobs:
