@@ -7,7 +7,6 @@ backwards; the last is `completed`, `incomplete` or, after an `error`, `failed`.
 from typing import Any, Literal, TypeAlias
 
 import msgspec
-from msgspec import UNSET, UnsetType
 
 from tokenllm_schemas.responses import ChatTokenLogprob
 
@@ -17,7 +16,7 @@ ErrorCode: TypeAlias = Literal["server_error", "rate_limit_exceeded", "invalid_p
 
 class OutputText(msgspec.Struct, frozen=True):
     text: str
-    logprobs: list[ChatTokenLogprob] | UnsetType = UNSET
+    logprobs: list[ChatTokenLogprob] = []
     annotations: list[Any] = []
     type: Literal["output_text"] = "output_text"
 
@@ -118,71 +117,61 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     service_tier: Literal["default"] = "default"
 
 
-class ResponseEvent(msgspec.Struct, frozen=True):
-    """The response as it is at its beginning or its end."""
+class NumberedEvent(msgspec.Struct, frozen=True):
+    """One event of a stream. Those of a stream are numbered from 0."""
 
-    type: Literal[
-        "response.created",
-        "response.in_progress",
-        "response.completed",
-        "response.incomplete",
-        "response.failed",
-    ]
-    sequence_number: int
+    type: str
+    sequence_number: int | msgspec.Raw
+
+
+class ResponseEvent(NumberedEvent, frozen=True):
+    """response.created, .in_progress, .completed, .incomplete, .failed: the response as it is then."""
+
     response: Response
 
 
-class ItemEvent(msgspec.Struct, frozen=True):
-    type: Literal["response.output_item.added", "response.output_item.done"]
-    sequence_number: int
+class ItemEvent(NumberedEvent, frozen=True):
+    """response.output_item.added, .done"""
+
     item: OutputMessage
     output_index: int = 0
 
 
-class PartEvent(msgspec.Struct, frozen=True):
-    type: Literal["response.content_part.added", "response.content_part.done"]
-    sequence_number: int
+class PartEvent(NumberedEvent, frozen=True):
+    """response.content_part.added, .done"""
+
     item_id: str
     part: OutputText
     output_index: int = 0
     content_index: int = 0
 
 
-class TextDeltaEvent(msgspec.Struct, frozen=True):
-    sequence_number: int | msgspec.Raw
+class TextDeltaEvent(NumberedEvent, frozen=True):
+    """response.output_text.delta"""
+
     item_id: str
     delta: str | msgspec.Raw
     logprobs: list[ChatTokenLogprob] | msgspec.Raw
     output_index: int = 0
     content_index: int = 0
-    type: Literal["response.output_text.delta"] = "response.output_text.delta"
 
 
-class TextDoneEvent(msgspec.Struct, frozen=True):
-    sequence_number: int
+class TextDoneEvent(NumberedEvent, frozen=True):
+    """response.output_text.done"""
+
     item_id: str
     text: str
     logprobs: list[ChatTokenLogprob]
     output_index: int = 0
     content_index: int = 0
-    type: Literal["response.output_text.done"] = "response.output_text.done"
 
 
-class ErrorEvent(msgspec.Struct, frozen=True):
-    """The stream goes on with `response.failed`, and ends."""
+class ErrorEvent(NumberedEvent, frozen=True):
+    """error: the stream goes on with response.failed, and ends."""
 
-    sequence_number: int
     code: str
     message: str
     param: str | None
-    type: Literal["error"] = "error"
-
-
-class StreamEvent(msgspec.Struct, frozen=True):
-    """One event of a stream of a response."""
-
-    type: str
-    sequence_number: int
 
 
 class DeletedResponse(msgspec.Struct, frozen=True):

@@ -13,6 +13,7 @@ from tokenllm.gateway.endpoints import Endpoint, Handler
 from tokenllm.gateway.gateway import Gateway
 from tokenllm.gateway.guard import Guard, wrong_method
 from tokenllm.gateway.openapi import document
+from tokenllm.gateway.response_endpoints import RESPONSE_ENDPOINTS
 from tokenllm_schemas.errors import ApiError
 from tokenllm_schemas.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from tokenllm_schemas.responses import (
@@ -55,6 +56,7 @@ ENDPOINTS = (
         TextCompletion,
         TextCompletion,
     ),
+    *RESPONSE_ENDPOINTS,
     Endpoint("GET", "/v1/models", endpoints.models, "The models served", answer=ModelList),
     Endpoint("GET", "/v1/models/{id:path}", endpoints.model, "One model", answer=Model),
     Endpoint("POST", "/tokenize", endpoints.tokenize, "The token ids of a text", TokenizeRequest, Tokens),

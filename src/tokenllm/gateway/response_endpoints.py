@@ -1,0 +1,201 @@
+"""The handlers of `/v1/responses`: a response is a chat completion that may go on from one that is remembered."""
+
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response as Answer
+from starlette.types import ASGIApp
+
+from tokenllm.gateway.endpoints import Endpoint, all_said, chat_submits
+from tokenllm.gateway.gateway import Gateway, tenant_of
+from tokenllm.gateway.reply import Said
+from tokenllm.gateway.response_prompt import (
+    ResponseAsChat,
+    as_chat_that_fits,
+    conversation,
+    listed,
+    named_as_asked,
+    prompt_tokens,
+)
+from tokenllm.gateway.response_store import Stored
+from tokenllm.gateway.response_stream import ResponseStream
+from tokenllm.gateway.response_wording import ResponseFrames, begun, ended
+from tokenllm_schemas.errors import ApiError, invalid, unsupported
+from tokenllm_schemas.response_object import DeletedResponse, InputTokens, ItemList, NumberedEvent, Response
+from tokenllm_schemas.response_request import (
+    InputItem,
+    InputTokensRequest,
+    ItemReference,
+    ResponsePrompt,
+    ResponseRequest,
+)
+
+KEY_BYTES = 12
+REFERENCE = re.compile(rf"[a-z]+_([0-9a-f]{{{2 * KEY_BYTES}}})[io][0-9]+")  # an item's id begins with its response's
+MOST_LISTED, USUALLY_LISTED = 100, 20
+
+
+async def create_response(gateway: Gateway, request: Request) -> ASGIApp:
+    arrived_s = time.monotonic()
+    body = await gateway.read(ResponseRequest, request)
+    items = await _items(gateway, body, tenant_of(request))
+    with named_as_asked():
+        [submit] = await chat_submits(gateway, request, await _chat(gateway, body, items), arrived_s)
+    response = begun(body, f"resp_{secrets.token_hex(KEY_BYTES)}", submit)
+    finish = partial(_finished, gateway, submit.tenant, items, response)
+    if body.stream:
+        return ResponseStream(gateway.circuit, submit, ResponseFrames(response), finish)
+    [said] = await all_said(gateway, request, [submit])
+    return _json(await finish(said))
+
+
+async def response(gateway: Gateway, request: Request) -> ASGIApp:
+    if request.query_params.get("stream", "false") != "false":
+        raise unsupported("stream", "only responses made with background: true can be streamed later")
+    return Answer((await _stored(gateway, request)).answer, media_type="application/json")
+
+
+async def delete_response(gateway: Gateway, request: Request) -> ASGIApp:
+    id = request.path_params["id"]
+    if not await gateway.responses.forget(id, tenant_of(request)):
+        raise _unknown(id)
+    return _json(DeletedResponse(id))
+
+
+async def cancel_response(gateway: Gateway, request: Request) -> ASGIApp:
+    """What is stored has ended, and what runs is nobody's but its connection's."""
+    await _stored(gateway, request)
+    message = "only responses made with background: true can be cancelled; others end when their connection is closed"
+    raise ApiError(400, message, "invalid_value", param="id")
+
+
+async def response_input_items(gateway: Gateway, request: Request) -> ASGIApp:
+    items = msgspec.json.decode((await _stored(gateway, request)).items)
+    return _json(_page(items, request))
+
+
+async def response_input_tokens(gateway: Gateway, request: Request) -> ASGIApp:
+    body = await gateway.read(InputTokensRequest, request)
+    with named_as_asked():
+        chat = await _chat(gateway, body, await _items(gateway, body, tenant_of(request)))
+        return _json(InputTokens(await gateway.aside(prompt_tokens, gateway.model, chat)))
+
+
+async def _chat(gateway: Gateway, body: ResponsePrompt, items: Sequence[InputItem]) -> ResponseAsChat:
+    return await gateway.off_loop(as_chat_that_fits, gateway.model, body, items, gateway.ready().max_model_len)
+
+
+async def _finished(
+    gateway: Gateway, tenant: str, items: Sequence[InputItem], response: Response, said: Said
+) -> Response:
+    """The response of what was said. It is stored, unless that is not wanted or there is no room for it."""
+    response = ended(response, said)
+    if not response.store:
+        return response
+    key = response.id.removeprefix("resp_")
+    stored = Stored(msgspec.json.encode(response), await gateway.off_loop(listed, items, key))
+    kept = await gateway.responses.keep(response.id, tenant, stored)
+    return msgspec.structs.replace(response, store=kept)
+
+
+async def _items(gateway: Gateway, body: ResponsePrompt, tenant: str) -> list[InputItem]:
+    """The whole conversation: what went before, and what is new, without references."""
+    earlier = []
+    if body.previous_response_id is not None:
+        stored = await gateway.responses.find(body.previous_response_id, tenant)
+        if stored is None:
+            raise _unknown(body.previous_response_id, "previous_response_id")
+        earlier = await gateway.off_loop(conversation, stored)
+    return earlier + [
+        await _referred(gateway, item, f"input[{index}].id", tenant) if isinstance(item, ItemReference) else item
+        for index, item in enumerate(body.items())
+    ]
+
+
+async def _referred(gateway: Gateway, reference: ItemReference, param: str, tenant: str) -> InputItem:
+    match = REFERENCE.fullmatch(reference.id)
+    stored = await gateway.responses.find(f"resp_{match[1]}", tenant) if match else None
+    items = await gateway.off_loop(conversation, stored) if stored else []
+    for item in items:
+        if getattr(item, "id", None) == reference.id:
+            return item
+    raise ApiError(404, f"{param}: there is no stored item {reference.id!r}", "item_not_found", param=param)
+
+
+async def _stored(gateway: Gateway, request: Request) -> Stored:
+    id = request.path_params["id"]
+    stored = await gateway.responses.find(id, tenant_of(request))
+    if stored is None:
+        raise _unknown(id)
+    return stored
+
+
+def _unknown(id: str, param: str = "id") -> ApiError:
+    return ApiError(404, f"{param}: there is no stored response {id!r}", "response_not_found", param=param)
+
+
+def _page(items: list[dict], request: Request) -> ItemList:
+    """The part of a list that the query asks for."""
+    asked = request.query_params
+    limit = _limit(asked.get("limit", str(USUALLY_LISTED)))
+    match asked.get("order", "desc"):
+        case "desc":
+            items = items[::-1]
+        case "asc":
+            pass
+        case other:
+            raise invalid("order", f"must be asc or desc (got {other!r})")
+    ids = [item["id"] for item in items]
+    after = asked.get("after")
+    if after is not None and after not in ids:
+        raise invalid("after", f"there is no item {after!r} in this list")
+    first = ids.index(after) + 1 if after is not None else 0
+    shown = items[first : first + limit]
+    ends = (shown[0]["id"], shown[-1]["id"]) if shown else ("", "")
+    return ItemList(shown, *ends, has_more=first + limit < len(items))
+
+
+def _limit(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= MOST_LISTED:
+        raise invalid("limit", f"must be a number from 1 to {MOST_LISTED} (got {text!r})")
+    return int(text)
+
+
+def _json(answer: msgspec.Struct) -> Answer:
+    return Answer(msgspec.json.encode(answer), media_type="application/json")
+
+
+RESPONSE_ENDPOINTS = (
+    Endpoint(
+        "POST",
+        "/v1/responses",
+        create_response,
+        "What a model answers to the items of a conversation",
+        ResponseRequest,
+        Response,
+        NumberedEvent,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/responses/input_tokens",
+        response_input_tokens,
+        "How many tokens a model would read",
+        InputTokensRequest,
+        InputTokens,
+    ),
+    Endpoint("GET", "/v1/responses/{id}", response, "A stored response", answer=Response),
+    Endpoint("DELETE", "/v1/responses/{id}", delete_response, "Forgets a stored response", answer=DeletedResponse),
+    Endpoint("POST", "/v1/responses/{id}/cancel", cancel_response, "Is refused: nothing runs in the background"),
+    Endpoint(
+        "GET",
+        "/v1/responses/{id}/input_items",
+        response_input_items,
+        "What a stored response was an answer to",
+        answer=ItemList,
+    ),
+)
