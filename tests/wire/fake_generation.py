@@ -69,7 +69,7 @@ class Generation(threading.Thread):
     """Says a word of every completion in each step. Prompts that hold certain words are treated otherwise:
 
     REFUSE is refused, FAIL ends with an error. The others last until they are aborted: SILENT makes tokens without
-    text, HANG makes none, STALL says a word first.
+    text, HANG makes none, STALL says a word first. BRIEF ends by itself after six words.
     """
 
     def __init__(self, number: int, tokenizer: Tokenizer, step_s: float = STEP_S) -> None:
@@ -131,8 +131,7 @@ class Generation(threading.Thread):
         else:
             if "STALL" in prompt:
                 self._outbox.send(Texts((Delta(submit.uid, "so far ", 1),)))
-            kind = Hang if "HANG" in prompt or "STALL" in prompt else Silence if "SILENT" in prompt else Speech
-            self._speeches[submit.uid] = kind(submit)
+            self._speeches[submit.uid] = kind_of(prompt)(submit)
 
     def _end(self, uid: int, reason: str, spoken: int) -> None:
         finish = Finish(reason, 1, 0, spoken)  # type: ignore[arg-type]
@@ -147,6 +146,20 @@ class Silence(Speech):
 class Hang(Speech):
     def next_delta(self) -> None:
         return None
+
+
+class Brief(Speech):
+    def next_delta(self) -> Delta:
+        delta = super().next_delta()
+        assert delta
+        if self.spoken < 6:
+            return delta
+        return msgspec.structs.replace(delta, finish=Finish("stop", self.prompt_tokens, 1, self.spoken))
+
+
+def kind_of(prompt: str) -> type[Speech]:
+    kinds = {"HANG": Hang, "STALL": Hang, "SILENT": Silence, "BRIEF": Brief}
+    return next((kind for word, kind in kinds.items() if word in prompt), Speech)
 
 
 class GatewayUnderTest:
