@@ -166,5 +166,9 @@ class Text(msgspec.Struct, frozen=True):
     prompt: str
 
 
+class Version(msgspec.Struct, frozen=True):
+    version: str
+
+
 class Health(msgspec.Struct, frozen=True):
     status: Literal["live", "ready"]

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from tokenllm import __version__
 from tokenllm.gateway.chat import ChatFrames, chat_completion
 from tokenllm.gateway.completions import CompletionFrames, text_completion
 from tokenllm.gateway.gateway import Gateway, tenant_of
@@ -27,7 +28,7 @@ from tokenllm_schemas.requests import (
     RequestBody,
     TokenizeRequest,
 )
-from tokenllm_schemas.responses import Health, Model, ModelList, Text, Tokens, Usage
+from tokenllm_schemas.responses import Health, Model, ModelList, Text, Tokens, Usage, Version
 
 Handler: TypeAlias = Callable[[Gateway, Request], Awaitable[ASGIApp]]
 
@@ -68,10 +69,14 @@ async def chat_submits(
 ) -> list[Submit]:
     """What a conversation asks of the scheduler, in whatever words the client asked."""
     gateway.check_queue(body.choices_each())
+    prompt = await chat_prompt(gateway, body)
+    return gateway.submits(body, [prompt], arrived_s, tenant_of(request))
+
+
+async def chat_prompt(gateway: Gateway, body: ChatCompletionRequest) -> list[int]:
     model, max_model_len = gateway.model, gateway.ready().max_model_len
     model.check_size((message.text() for message in body.messages), "messages", max_model_len)
-    prompt = await gateway.off_loop(model.chat_prompt, body.messages)
-    return gateway.submits(body, [prompt], arrived_s, tenant_of(request))
+    return await gateway.off_loop(model.chat_prompt, body.messages)
 
 
 async def completions(gateway: Gateway, request: Request) -> ASGIApp:
@@ -94,7 +99,7 @@ async def _generate(
         return EventStream(gateway.circuit, submits, frames, each, usage_wanted)
     said = await all_said(gateway, request, submits)
     usage = total_usage({one.index: one.finish for one in said if one.finish}, each)
-    return _json(wording.whole(head, said, usage))
+    return json_answer(wording.whole(head, said, usage))
 
 
 async def all_said(gateway: Gateway, request: Request, submits: Sequence[Submit]) -> list[Said]:
@@ -113,31 +118,35 @@ async def tokenize(gateway: Gateway, request: Request) -> ASGIApp:
         ids = await gateway.aside(model.chat_prompt, body.messages)
     else:
         [ids] = await gateway.aside(model.text_prompts, [body.prompt or ""], "prompt", body.add_special_tokens)
-    return _json(Tokens(ids, len(ids), limit))
+    return json_answer(Tokens(ids, len(ids), limit))
 
 
 async def detokenize(gateway: Gateway, request: Request) -> ASGIApp:
     body = await gateway.read(DetokenizeRequest, request)
     ids = gateway.model.known(body.tokens, "tokens")
-    return _json(Text(await gateway.aside(gateway.model.tokenizer.decode, ids, skip_special=False)))
+    return json_answer(Text(await gateway.aside(gateway.model.tokenizer.decode, ids, skip_special=False)))
 
 
 async def models(gateway: Gateway, request: Request) -> ASGIApp:
-    return _json(ModelList([_model(gateway)]))
+    return json_answer(ModelList([_model(gateway)]))
 
 
 async def model(gateway: Gateway, request: Request) -> ASGIApp:
     gateway.check_name(request.path_params["id"])
-    return _json(_model(gateway))
+    return json_answer(_model(gateway))
+
+
+async def version(gateway: Gateway, request: Request) -> ASGIApp:
+    return json_answer(Version(__version__))
 
 
 async def live(gateway: Gateway, request: Request) -> ASGIApp:
-    return _json(Health("live"))
+    return json_answer(Health("live"))
 
 
 async def ready(gateway: Gateway, request: Request) -> ASGIApp:
     gateway.check_progress()
-    return _json(Health("ready"))
+    return json_answer(Health("ready"))
 
 
 async def metrics(gateway: Gateway, request: Request) -> ASGIApp:
@@ -150,5 +159,5 @@ def _model(gateway: Gateway) -> Model:
     return Model(name, gateway.model.created, "tokenllm", root=name, max_model_len=limit)
 
 
-def _json(answer: msgspec.Struct) -> Response:
+def json_answer(answer: msgspec.Struct) -> Response:
     return Response(msgspec.json.encode(answer), media_type="application/json")
