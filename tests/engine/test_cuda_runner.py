@@ -17,7 +17,9 @@ from tokenllm.engine.runner import CpuRunner
 from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import Sampling, Step, Submit
 from tokenllm.models.decoder import Decoder, Layer
+from tokenllm.routing.columns import Columns
 from tokenllm.routing.conservative import WorstCase
+from tokenllm.routing.first_come import FirstCome, Policy
 from tokenllm.routing.router import Router
 from tokenllm.scheduler.scheduler import Scheduler
 from tokenllm_kernels import Linear, kernels_for, prepare_linear, rope_table
@@ -79,7 +81,7 @@ def on_gpu(decoder: Decoder) -> Decoder:
     return Decoder(**fields | {"kernels": gpu})
 
 
-def submits() -> list[tuple[int, Submit]]:
+def submits(longest: int = 8) -> list[tuple[int, Submit]]:
     """Prompts of all lengths, which come at different steps and sample in different ways."""
     random = np.random.default_rng(1)
     found = []
@@ -95,22 +97,32 @@ def submits() -> list[tuple[int, Submit]]:
             frequency_penalty=0.7 * (uid % 3 == 2),
             logprobs=2,
         )
-        found.append((uid * 2 % 7, Submit(uid, prompt.tobytes(), int(random.integers(1, 9)), rule, ignore_eos=True)))
+        most = int(random.integers(1, longest + 1))
+        found.append((uid * 2 % 7, Submit(uid, prompt.tobytes(), most, rule, ignore_eos=True)))
     return found
 
 
-def told(runner: CpuRunner | CudaRunner) -> dict[int, list[Any]]:
+class Reckless(FirstCome):
+    """Admits whoever comes: pauses have to make up for it."""
+
+    def admits(self, running: Columns, candidates: Columns, room: float) -> int:
+        return len(candidates)
+
+
+def told(
+    runner: CpuRunner | CudaRunner, policy: Policy | None = None, slots: int = SLOTS, longest: int = 8
+) -> dict[int, list[Any]]:
     """What each request was told, the books kept and steps run ahead as the server does."""
-    memory = TokenMemory(SLOTS)
+    memory = TokenMemory(slots)
     books = Scheduler(
-        memory, Router(WorstCase(), None, ROWS), rows=ROWS, max_positions=CONTEXT, prefill_chunk_tokens=CHUNK,
+        memory, Router(policy or WorstCase(), None, ROWS), rows=ROWS, max_positions=CONTEXT, prefill_chunk_tokens=CHUNK,
         most_chunks=runner.most_chunks, most_context_tokens=runner.most_context_tokens,
         max_queued_requests=99, max_queued_tokens=999, eos_ids=frozenset(),
     )  # fmt: skip
     flights: deque[Any] = deque()
     said: dict[int, list[Any]] = {}
     for step in range(200):
-        for since, submit in submits():
+        for since, submit in submits(longest):
             if since == step:
                 books.accept(submit)
         planned = books.plan()
@@ -119,7 +131,7 @@ def told(runner: CpuRunner | CudaRunner) -> dict[int, list[Any]]:
         if len(flights) > runner.ahead or (flights and not planned):
             planned, flight = flights.popleft()
             enter(books.settle(planned, runner.collect(flight)), said)
-    assert memory.active == 0
+    assert memory.active == 0 and bool(books.pauses) == bool(policy)
     return said
 
 
@@ -139,6 +151,20 @@ def test_it_says_what_the_cpu_says(qk_norm: bool, heads: int, kv_heads: int) -> 
     for uid, tokens in expected.items():
         assert [t.token for t in said[uid]] == [t.token for t in tokens], f"request {uid}"
         assert np.allclose([t.logprob for t in said[uid]], [t.logprob for t in tokens], atol=1e-4)
+
+
+def test_who_is_paused_is_told_the_same() -> None:
+    """Penalties count what was generated before the pause, and logprobs are those of an undisturbed run."""
+    decoder = tiny_decoder(qk_norm=False, heads=4, kv_heads=2)
+    expected = told(CpuRunner(decoder, SLOTS, ROWS, CONTEXT), longest=10)
+    step = DeviceStep(on_gpu(decoder), limits_of(ROWS, CHUNK, CONTEXT))
+    cuda = CudaRunner(step, step.decoder.kv_memory(SLOTS), lambda doing: iter)
+    for runner in (CpuRunner(decoder, SLOTS, ROWS, CONTEXT), cuda):
+        said = told(runner, Reckless(), slots=66, longest=10)
+        assert said.keys() == expected.keys()
+        for uid, tokens in expected.items():
+            assert [t.token for t in said[uid]] == [t.token for t in tokens], f"request {uid}"
+            assert np.allclose([t.logprob for t in said[uid]], [t.logprob for t in tokens], atol=1e-4)
 
 
 def test_a_row_of_no_numbers_is_told_apart() -> None:

@@ -114,8 +114,10 @@ class CpuRunner:
         return torch.cat((self._last_token[plan.decodes.rows], prompts)).clamp_(0, self._decoder.vocab_size - 1)
 
     def _wish(self, chunk: Chunk) -> Wish:
-        said = torch.from_numpy(chunk.generated).long()
-        counts = said.bincount(minlength=self._decoder.vocab_size).float() if chunk.rule.penalizes else None
+        counts = None
+        if chunk.rule.penalizes:
+            generated = torch.from_numpy(chunk.generated.astype(np.int64))
+            counts = generated.bincount(minlength=self._decoder.vocab_size).float()
         return Wish(chunk.rule, chunk.logprobs, counts)
 
     def _sample(self, logits: Tensor, wishes: Sequence[Wish], positions: Tensor) -> Tensor:

@@ -159,8 +159,8 @@ class PrefixTree:
         self._use(node)
 
     @staticmethod
-    def sole(node: Node) -> int:
-        """How many tokens on the way to this locked node nobody else has locked."""
+    def sole(node: Node | None) -> int:
+        """How many tokens on the way to this node, which one request has locked, nobody else has."""
         tokens, held = 0, node
         while held and held.locks == 1:
             tokens += len(held.slots)

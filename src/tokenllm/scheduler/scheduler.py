@@ -209,7 +209,7 @@ class Scheduler:
             self._catch_up(request)
         self._look_again()
         rows = self.rows.staying()
-        running, waiting = self._running_columns(rows), self.waiting.columns()
+        running, waiting = self.rows.columns(rows, self._shared(rows)), self.waiting.columns()
         leaving, now = self.rows.running - len(rows), self._clock()
         decision = self.router.decide(now, running, waiting, self.memory.available, leaving)
         self._foresee(now, running, waiting, decision)
@@ -223,14 +223,13 @@ class Scheduler:
         planned = self._planned(decodes, tuple(self._chunks(to_read)))
         return planned or (self.plan() if len(decision.pause) else None)
 
-    def _running_columns(self, rows: Places) -> Columns:
-        shared = [self._shared(self._requests[uid]) for uid in self.rows.uids[rows].tolist()]
-        return self.rows.columns(rows, np.array(shared, np.int64))
-
-    def _shared(self, request: Request) -> int:
-        """The tokens it holds that others who run hold too."""
-        assert request.node, "who runs holds a node"
-        return request.shared_tokens - self.memory.prefixes.sole(request.node)
+    def _shared(self, rows: Places) -> Ints:
+        """The tokens each holds that others who run hold too; nobody asks while there is room and nobody waits."""
+        if not (self._changed or self.waiting or len(rows) > self.memory.available):
+            return np.zeros(len(rows), np.int64)
+        requests, sole = self._requests, self.memory.prefixes.sole
+        who = [requests[uid] for uid in self.rows.uids[rows].tolist()]
+        return np.array([request.shared_tokens - sole(request.node) for request in who], np.int64)
 
     def _look_again(self) -> None:
         """A few of those who wait, each time others: what they will find is more by now, or forgotten."""
