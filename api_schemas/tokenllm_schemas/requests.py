@@ -1,8 +1,7 @@
 """What clients may ask: the bodies of the POST endpoints, with the range of every number.
 
 Fields unknown to this file are ignored. A field that would change the answer, but is not honoured yet, is declared
-with the values that ask for nothing; any other value is refused, since ignoring it would break a promise. `tools` is
-the exception: any are accepted, though the model is not shown them yet.
+with the values that ask for nothing; any other value is refused, since ignoring it would break a promise.
 """
 
 import reprlib
@@ -20,13 +19,13 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
-
 from tokenllm_schemas.errors import ApiError, invalid, unsupported
 
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 MAX_CHOICES_EACH = 8
 MAX_CHOICES = MAX_PROMPTS = 128
 MAX_MESSAGES = 10_000
+MAX_TOOLS, MAX_FUNCTION_NAME, MAX_DOCUMENTS = 512, 64, 512
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 1024
 MAX_LOGPROBS = 20
 USUAL_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
@@ -57,7 +56,22 @@ def one_of(meaning: LiteralString) -> WrapValidator:
     return WrapValidator(check)
 
 
-SHAPE_ERRORS = {"string_type", "list_type", "int_type"}
+def as_written(value: object, handler: Any) -> object:
+    """Check a value, and keep it with all that the client wrote, in the client's order: a template may show it."""
+    handler(value)
+    return value
+
+
+def functions_as_written(value: object, handler: Any) -> object:
+    """The same for tools, all of which have to be functions."""
+    for index, tool in enumerate(value if isinstance(value, list) else []):
+        if isinstance(tool, dict) and isinstance(kind := tool.get("type"), str) and kind != "function":
+            raise unsupported(f"tools[{index}].type", f"only functions are supported, not {reprlib.repr(kind)}")
+    return as_written(value, handler)
+
+
+SHAPE_ERRORS = {"string_type", "list_type", "int_type", "dict_type", "bool_type", "float_type"}
+TEMPLATE_NAMES = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"}
 
 Temperature: TypeAlias = Annotated[float, Field(ge=0, le=2)]
 TopP: TypeAlias = Annotated[float, Field(gt=0, le=1)]
@@ -85,6 +99,11 @@ Prompt: TypeAlias = Annotated[
 ]
 
 
+TemplateValue: TypeAlias = Annotated[
+    bool | int | float | str | list[str] | None, one_of("true, false, null, a number, a string or a list of strings")
+]
+
+
 class RequestBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
@@ -96,21 +115,87 @@ class StreamOptions(RequestBody):
 class ContentPart(RequestBody):
     type: str
     text: str | None = None
+    refusal: str | None = None
+
+
+class FunctionCall(RequestBody):
+    name: str
+    arguments: Annotated[str | dict[str, Any], one_of("JSON in a string")]
+
+
+class ToolCall(RequestBody):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
 
 
 class ChatMessage(RequestBody):
-    """One turn. `developer` is another word for `system`."""
+    """One turn. `developer` is another word for `system`, and `function` for `tool`."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[str | list[ContentPart], one_of("a string or a list of text parts")] | None = None
     name: str | None = None
     tool_call_id: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    function_call: FunctionCall | None = Field(default=None, description="Deprecated: use tool_calls.")
+    reasoning_content: str | None = None
+    reasoning: str | None = Field(default=None, description="Another word for reasoning_content.")
+    refusal: str | None = None
 
     def text(self) -> str:
         """All its text parts, one under the other."""
         if isinstance(self.content, str):
             return self.content
-        return "\n".join(part.text or "" for part in self.content or [])
+        return "\n".join(part.text or part.refusal or "" for part in self.content or [])
+
+    def calls(self) -> Sequence[ToolCall]:
+        """The calls it makes, in whichever way it says so."""
+        return self.tool_calls or ([ToolCall(function=self.function_call)] if self.function_call else [])
+
+
+class FunctionDefinition(RequestBody):
+    name: Annotated[str, Field(min_length=1, max_length=MAX_FUNCTION_NAME)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ChatTool(RequestBody):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class TemplateFields(RequestBody):
+    """What a chat template is given besides the messages."""
+
+    tools: Annotated[list[ChatTool], WrapValidator(functions_as_written), Field(max_length=MAX_TOOLS)] | None = Field(
+        default=None, description="Shown to the model if its chat template knows tools."
+    )
+    documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, TemplateValue] | None = Field(
+        default=None, description="Variables of the chat template; those it does not mention are ignored."
+    )
+    chat_template: Annotated[Any, only()] = None
+
+    @model_validator(mode="after")
+    def _one_way_to_end(self) -> "TemplateFields":
+        if self.add_generation_prompt and self.continue_final_message:
+            raise invalid("continue_final_message", "and add_generation_prompt cannot both be true")
+        return self
+
+    @model_validator(mode="after")
+    def _template_names_are_ours(self) -> "TemplateFields":
+        for name in self.chat_template_kwargs or {}:
+            if name in TEMPLATE_NAMES or name.endswith("_token"):
+                raise invalid(f"chat_template_kwargs.{name}", "cannot be set here")
+        return self
+
+    def shown_tools(self) -> Sequence[dict[str, Any]]:
+        """The definitions of the tools that the model may use, as the client wrote them."""
+        return cast(Sequence[dict[str, Any]], self.tools or [])
 
 
 class Generation(RequestBody):
@@ -172,7 +257,7 @@ class Generation(RequestBody):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatCompletionRequest(Generation):
+class ChatCompletionRequest(TemplateFields, Generation):
     """POST /v1/chat/completions"""
 
     prompt_field = "messages"
@@ -181,20 +266,17 @@ class ChatCompletionRequest(Generation):
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
-    tools: list[Any] | None = Field(default=None, description="Accepted, and not shown to the model yet.")
+    functions: Annotated[list[FunctionDefinition], WrapValidator(as_written), Field(max_length=MAX_TOOLS)] | None = (
+        Field(default=None, description="Deprecated: use tools.")
+    )
 
     tool_choice: Annotated[Any, only("none", "auto")] = None
-    functions: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only("none", "auto")] = None
     response_format: Annotated[Any, only({"type": "text"})] = None
     modalities: Annotated[Any, only([], ["text"])] = None
     audio: Annotated[Any, only()] = None
     web_search_options: Annotated[Any, only()] = None
     moderation: Annotated[Any, only()] = None
-    continue_final_message: Annotated[Any, only(False)] = None
-    add_generation_prompt: Annotated[Any, only(True)] = None
-    chat_template: Annotated[Any, only()] = None
-    chat_template_kwargs: Annotated[Any, only({})] = None
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
@@ -206,6 +288,12 @@ class ChatCompletionRequest(Generation):
     def _contents_are_text(self) -> "ChatCompletionRequest":
         check_text(self.messages)
         return self
+
+    def shown_tools(self) -> Sequence[dict[str, Any]]:
+        """None if none may be called."""
+        if "none" in (self.tool_choice, self.function_call):
+            return []
+        return super().shown_tools() or [{"type": "function", "function": one} for one in self.functions or []]
 
     def token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
@@ -246,7 +334,7 @@ class CompletionRequest(Generation):
         return cast(Sequence[str | list[int]], [prompt] if alone else prompt)
 
 
-class TokenizeRequest(RequestBody):
+class TokenizeRequest(TemplateFields):
     """POST /tokenize: either a prompt or messages."""
 
     model: str | None = None
@@ -287,10 +375,10 @@ def check_text(messages: list[ChatMessage]) -> None:
         if message.content is None and message.role != "assistant":
             raise invalid(param, f"is missing; a {message.role} message needs one")
         for part in message.content or [] if not isinstance(message.content, str) else []:
-            if part.type != "text":
+            if part.type not in ("text", "refusal"):
                 raise unsupported(param, f"the model reads text only, not parts of type {reprlib.repr(part.type)}")
-            if part.text is None:
-                raise invalid(param, "a text part needs a text")
+            if (part.text if part.type == "text" else part.refusal) is None:
+                raise invalid(param, f"a {part.type} part needs a {part.type}")
 
 
 def _closeness(detail: ErrorDetails) -> tuple[bool, int]:

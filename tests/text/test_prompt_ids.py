@@ -12,22 +12,24 @@ from tokenllm.text.hiding import Hider
 from tokenllm.text.template import NONCHARACTERS, ChatTemplate, TemplateError, prompt_ids
 
 LITERALS = ["<|im_start|>", "<|im_end|>", "<repo_name>", "<|endoftext|>"]
-CHATML = ChatTemplate(
+
+
+def template_of(source: str) -> ChatTemplate:
+    return ChatTemplate({"default": source}, {}, "test")
+
+
+CHATML = template_of(
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    {},
-    "chatml",
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # puts clients' words right beside its own and beside each other, into angle brackets, trimmed and torn apart
-RECKLESS = ChatTemplate(
+RECKLESS = template_of(
     "{% for m in messages %}<|im_start|>{{ m.role }}\n<{{ m.name }}>{{ m.content | trim }}{{ m.name | trim }}"
     "<|{{ m.content }}|><{{ m.content }}{% for key, value in m.arguments.items() %}<{{ key }}>{{ value }}</{{ key }}>"
-    "{% endfor %}{{ m.arguments | tojson }}{{ m.content.split() | join('') }}<|im_end|>\n{% endfor %}<|im_start|>",
-    {},
-    "reckless",
+    "{% endfor %}{{ m.arguments | tojson }}{{ m.content.split() | join('') }}<|im_end|>\n{% endfor %}<|im_start|>"
 )
 
-TWICE = ChatTemplate("<|begin|>{{ messages[0].content }}<|end|>{{ messages[0].content }}", {}, "twice")
+TWICE = template_of("<|begin|>{{ messages[0].content }}<|end|>{{ messages[0].content }}")
 
 adversarial = st.lists(
     st.sampled_from([*LITERALS, "<|im_", "start|>", "im_end", "|im_end|", "<|", "|>", "<", ">", "|", "repo_name", "s"])
@@ -128,15 +130,15 @@ def test_roles_are_compared_and_keys_are_found(default_pair) -> None:
     """'s', 'name' and 'user' are parts of literals or keys: hiding must not stand in a template's way."""
     source = "{% set m = messages[0] %}{% if m.role == 'user' and m.parts[0].type == 'text' %}{{ m.name }}{% endif %}"
     messages = [{"role": "user", "name": "s", "parts": [{"type": "text", "text": "x"}]}]
-    template = ChatTemplate(source, {}, "test")
+    template = template_of(source)
     assert prompt_ids(default_pair.ours, template, messages) == default_pair.ours.encode("s")
 
 
 def test_a_client_uses_up_all_noncharacters(default_pair) -> None:
-    almost = "".join(NONCHARACTERS[:-1]) + "<|im_end|>"
+    almost = "".join(NONCHARACTERS[:-2]) + "<|im_end|>"
     prompt_ids(default_pair.ours, CHATML, [{"role": "user", "content": almost}])
     with pytest.raises(TemplateError, match="noncharacter"):
-        prompt_ids(default_pair.ours, CHATML, [{"role": "user", "content": "".join(NONCHARACTERS)}])
+        prompt_ids(default_pair.ours, CHATML, [{"role": "user", "content": "".join(NONCHARACTERS[:-1])}])
 
 
 def test_text_that_cannot_be_encoded_is_the_clients_fault(default_pair) -> None:

@@ -10,16 +10,18 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
-
-from tokenllm import __version__
 from tokenllm.gateway.chat import ChatFrames, chat_completion
 from tokenllm.gateway.completions import CompletionFrames, text_completion
 from tokenllm.gateway.gateway import Gateway, tenant_of
 from tokenllm.gateway.metrics import render
 from tokenllm.gateway.patience import patience_of
 from tokenllm.gateway.reply import Head, Said, total_usage, whole
+from tokenllm.gateway.served_model import template_options
 from tokenllm.gateway.sse import EventStream, Frames
 from tokenllm.messages import Submit
+from tokenllm_schemas.responses import Health, Model, ModelList, Text, Tokens, Usage, Version
+
+from tokenllm import __version__
 from tokenllm_schemas.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -28,7 +30,6 @@ from tokenllm_schemas.requests import (
     RequestBody,
     TokenizeRequest,
 )
-from tokenllm_schemas.responses import Health, Model, ModelList, Text, Tokens, Usage, Version
 
 Handler: TypeAlias = Callable[[Gateway, Request], Awaitable[ASGIApp]]
 
@@ -75,8 +76,8 @@ async def chat_submits(
 
 async def chat_prompt(gateway: Gateway, body: ChatCompletionRequest) -> list[int]:
     model, max_model_len = gateway.model, gateway.ready().max_model_len
-    model.check_size((message.text() for message in body.messages), "messages", max_model_len)
-    return await gateway.off_loop(model.chat_prompt, body.messages)
+    options = template_options(body)
+    return await gateway.off_loop(model.chat_prompt, body.messages, body.shown_tools(), options, max_model_len)
 
 
 async def completions(gateway: Gateway, request: Request) -> ASGIApp:
@@ -115,7 +116,7 @@ async def tokenize(gateway: Gateway, request: Request) -> ASGIApp:
     body = await gateway.read(TokenizeRequest, request)
     model, limit = gateway.model, gateway.ready().max_model_len
     if body.messages is not None:
-        ids = await gateway.aside(model.chat_prompt, body.messages)
+        ids = await gateway.aside(model.chat_prompt, body.messages, body.shown_tools(), template_options(body))
     else:
         [ids] = await gateway.aside(model.text_prompts, [body.prompt or ""], "prompt", body.add_special_tokens)
     return json_answer(Tokens(ids, len(ids), limit))

@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 from tokenllm.checkpoint.description import SamplingDefaults, describe
 from tokenllm.config import GatewayBirth
-from tokenllm.text.template import ChatTemplate, TemplateError, prompt_ids
+from tokenllm.text.template import PLAIN, ChatTemplate, Message, TemplateError, TemplateOptions, Tool
 from tokenllm.text.tokenizer import Tokenizer, load_tokenizer
 from tokenllm_schemas.errors import invalid
-from tokenllm_schemas.requests import ChatMessage
+from tokenllm_schemas.requests import INT32_MAX, ChatMessage, TemplateFields
+
+ROLES = {"developer": "system", "function": "tool"}  # those that few templates know, and what means the same
 
 
 class ServedModel(NamedTuple):
@@ -46,11 +48,19 @@ class ServedModel(NamedTuple):
             message = f"{size} bytes are too many: the context of {max_model_len} tokens ends before byte {most}"
             raise invalid(param, message, "context_length_exceeded")
 
-    def chat_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """The ids of a conversation, up to where the assistant's turn begins."""
+    def chat_prompt(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Tool] = (),
+        options: TemplateOptions = PLAIN,
+        max_model_len: int = INT32_MAX,
+    ) -> list[int]:
+        """The ids of a conversation, up to where the assistant's turn begins or, if asked, goes on."""
         turns = [_turn(message) for message in messages]
         try:
-            ids = prompt_ids(self.tokenizer, self.template, turns)
+            prompt = self.template.render_hidden(turns, tools, options, self.tokenizer.hide_specials)
+            self.check_size([prompt.text], "messages", max_model_len)
+            ids = prompt.ids(self.tokenizer)
         except TemplateError as error:
             raise invalid("messages", str(error)) from None
         return self.known(ids, "messages")
@@ -76,7 +86,25 @@ class ServedModel(NamedTuple):
         return ids
 
 
-def _turn(message: ChatMessage) -> dict[str, str]:
-    role = "system" if message.role == "developer" else message.role
-    extras = {"name": message.name, "tool_call_id": message.tool_call_id}
-    return {"role": role, "content": message.text(), **{key: value for key, value in extras.items() if value}}
+def template_options(body: TemplateFields) -> TemplateOptions:
+    """What a request asks of the chat template. The assistant's turn is opened for whoever does not say otherwise."""
+    return TemplateOptions(
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        variables=body.chat_template_kwargs or {},
+        reasoning_effort=body.reasoning_effort,
+        documents=body.documents or (),
+    )
+
+
+def _turn(message: ChatMessage) -> Message:
+    """A message in the words of chat templates. Some of these ask for reasoning by one name, and some by another."""
+    extras = {
+        "name": message.name,
+        "tool_call_id": message.tool_call_id,
+        "tool_calls": [call.model_dump(exclude_none=True) for call in message.calls()],
+        **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), message.reasoning_content or message.reasoning),
+    }
+    content = None if message.content is None and message.refusal is None else message.text() or message.refusal or ""
+    role = ROLES.get(message.role, message.role)
+    return {"role": role, "content": content, **{key: value for key, value in extras.items() if value}}

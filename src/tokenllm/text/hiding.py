@@ -5,8 +5,9 @@ and inside every beginning and end of one at the edges of a text, keeps these ap
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
+from typing import Any
 
 from tokenllm.text.trie import trie_pattern
 
@@ -37,3 +38,48 @@ class Hider:
             places.add(start)
         cuts = [0, *sorted(places), len(text)]
         return unseen.join(text[cut:following] for cut, following in pairwise(cuts))
+
+
+class Veiled(str):
+    """A hidden text that a template compares, looks up and sorts as the text it was, and writes as it is."""
+
+    _plain: str
+
+    def __new__(cls, hidden: str, plain: str | None = None) -> "Veiled":
+        veiled = super().__new__(cls, hidden)
+        veiled._plain = hidden if plain is None else plain
+        return veiled
+
+    def __eq__(self, other: object) -> bool:
+        return self._plain == other
+
+    def __ne__(self, other: object) -> bool:
+        return self._plain != other
+
+    def __lt__(self, other: str) -> bool:
+        return self._plain < other
+
+    def __hash__(self) -> int:
+        return hash(self._plain)
+
+    def __contains__(self, part: str) -> bool:
+        return part in self._plain
+
+    def startswith(self, *args: Any) -> bool:
+        return self._plain.startswith(*args)
+
+    def endswith(self, *args: Any) -> bool:
+        return self._plain.endswith(*args)
+
+
+def veiled(value: Any, hide: Callable[[str], str]) -> Any:
+    """A value as JSON has it in which every string is hidden, keys too."""
+    match value:
+        case str():
+            hidden = hide(value)
+            return value if hidden == value else Veiled(hidden, value)
+        case list():
+            return [veiled(one, hide) for one in value]
+        case dict():
+            return {veiled(key, hide): veiled(part, hide) for key, part in value.items()}
+    return value

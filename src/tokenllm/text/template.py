@@ -1,34 +1,40 @@
 """Chat templates: from messages to the prompt a model was trained on, as text and as ids.
 
-Templates come with the model and run in Jinja's sandbox, with the names and filters that transformers gives them.
-Text of clients passes through them as data, and never becomes a control token.
+Templates come with the model, as one or several by name, and run in the sandbox of `sandbox.py`. Text of clients
+passes through them as data, and never becomes a control token.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.utils
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import msgspec
 
 from tokenllm.checkpoint import CheckpointError
 from tokenllm.checkpoint.description import read_json
 from tokenllm.checkpoint.gguf import read_gguf
+from tokenllm.text.hiding import veiled
+from tokenllm.text.sandbox import Jinja
 from tokenllm.text.tokenizer import Tokenizer
 
-Message: TypeAlias = dict[str, Any]
+Message: TypeAlias = dict[str, Any]  # as OpenAI's API has it, with the text parts of its content joined
+Tool: TypeAlias = dict[str, Any]
+Sources: TypeAlias = dict[str, str]  # of templates, by name
 
 LONGEST_PROMPT = 16_000_000  # characters; four times the largest body
+RENDER_S = 2.0  # of a processor
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them free for uses like ours
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-KINDS = {"system", "developer", "user", "assistant", "tool", "function", "text"}  # values a template compares with
-CLIENT_KEYS = {"arguments", "parameters"}  # below these, even the keys are the client's words
+ROLES = {"system", "developer", "user", "assistant", "tool", "function"}  # the only words a template may complete
+DEFAULT, TOOL_USE = "default", "tool_use"
+GGUF_TOKENS = {  # the names of special tokens, and what GGUF files call them
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "sep_token": "seperator",
+    "pad_token": "padding",
+}
 # what a template written for other messages than it got may raise, besides Jinja's own errors
 WRONG_DATA = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -37,33 +43,100 @@ class TemplateError(ValueError):
     """These messages cannot be rendered; the message is for the client."""
 
 
-class ChatTemplate:
-    """A model's chat template, compiled; a model without one can only complete text."""
+class TemplateOptions(msgspec.Struct, frozen=True):
+    """What a client may ask of a template besides the messages and the tools."""
 
-    def __init__(self, source: str | None, tokens: dict[str, str], origin: str):
+    add_generation_prompt: bool = True  # the assistant's turn is opened
+    continue_final_message: bool = False  # the last message stays open, and no turn is opened after it
+    variables: Mapping[str, Any] = {}  # what the template does not mention is ignored
+    reasoning_effort: str | None = None
+    documents: Sequence[dict[str, Any]] = ()
+
+
+PLAIN = TemplateOptions()
+
+
+class Prompt(NamedTuple):
+    text: str
+    unseen: str  # the character that keeps clients' words from becoming control tokens
+
+    def ids(self, tokenizer: Tokenizer) -> list[int]:
+        try:
+            return tokenizer.encode_with_specials(self.text, self.unseen)
+        except ValueError as error:
+            raise TemplateError(str(error)) from error
+
+
+class Dialect(NamedTuple):
+    """How a template wants what OpenAI's API says in one way."""
+
+    typed_parts: bool = False  # contents are lists of parts
+    argument_text: bool = False  # arguments of tool calls are JSON text, not objects
+    null_content: bool = False  # beside tool calls, no content is null, not empty
+
+
+class ChatTemplate:
+    """A model's chat templates, compiled; a model without any can only complete text."""
+
+    def __init__(self, sources: Sources, tokens: dict[str, str], origin: str):
         self._tokens = tokens
         try:
-            self._template = _environment().from_string(source) if source is not None else None
+            self._templates = {name: Jinja(source) for name, source in sources.items()}
         except jinja2.TemplateError as error:
             raise CheckpointError(f"{origin}: chat template: {error}") from error
+        self._dialects = {name: self._dialect(template) for name, template in self._templates.items()}
 
     @classmethod
     def load(cls, path: Path, override_file: str = "") -> "ChatTemplate":
-        """The template of a .gguf file or a folder, or the one in `override_file` in its place."""
-        source, tokens = _of_gguf(path) if path.suffix == ".gguf" else _of_folder(path)
+        """The templates of a .gguf file or a folder, or the one in `override_file` in their place."""
+        sources, tokens = _of_gguf(path) if path.suffix == ".gguf" else _of_folder(path)
         if override_file:
-            source = _text(Path(override_file))
-        return cls(source, tokens, override_file or str(path))
+            sources = {DEFAULT: _text(Path(override_file))}
+        return cls(sources, tokens, override_file or str(path))
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = (), options: TemplateOptions = PLAIN) -> str:
         """The conversation as the model reads it, up to where its answer begins."""
-        if not self._template:
+        return self.render_hidden(messages, tools, options, lambda text, unseen: text).text
+
+    def render_hidden(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        options: TemplateOptions,
+        hide: Callable[[str, str], str],
+    ) -> "Prompt":
+        """The same, with all words of clients hidden."""
+        name = TOOL_USE if tools and TOOL_USE in self._templates else DEFAULT
+        if not (template := self._templates.get(name)):
             raise TemplateError("this model has no chat template: it completes text, but cannot chat")
-        given = {"messages": messages, "add_generation_prompt": add_generation_prompt, **self._tokens}
+        turns = [_in_dialect(message, self._dialects[name]) for message in messages]
+        if not template.shows_tools:
+            tools = ()
+        words = {**options.variables, "documents": list(options.documents), "tools": list(tools)}
+        unseen, mark = _unseen_in([turns, words])
+        turns = [_hidden_turn(turn, lambda text: hide(text, unseen)) for turn in turns]
+        words = veiled(words, lambda text: hide(text, unseen))
+        if not options.continue_final_message:
+            return Prompt(self._rendered(template, turns, words, options), unseen)
+        text, turns[-1] = _left_open(turns[-1], mark)
+        return Prompt(_cut(self._rendered(template, turns, words, options), text, mark), unseen)
+
+    def _rendered(
+        self, template: Jinja, turns: Sequence[Message], words: Mapping[str, Any], options: TemplateOptions
+    ) -> str:
+        asked = {**_effort(options.reasoning_effort), **words}
+        given = {
+            **{name: value for name, value in asked.items() if name in template.variables},
+            **self._tokens,
+            "messages": turns,
+            "tools": words["tools"] or None,
+            "documents": words["documents"] or None,
+            "add_generation_prompt": options.add_generation_prompt and not options.continue_final_message,
+        }
         pieces: list[str] = []
         room = LONGEST_PROMPT
         try:
-            for piece in self._template.generate(given):
+            for piece in template.pieces(given, RENDER_S):
                 pieces.append(piece)
                 room -= len(piece)
                 if room < 0:
@@ -74,60 +147,132 @@ class ChatTemplate:
             raise TemplateError(f"the chat template refuses these messages: {error}") from error
         return "".join(pieces)
 
+    def _dialect(self, template: Jinja) -> Dialect:
+        """The first way of speaking in which the template shows all that it is told; the usual one if none does."""
+        typed_parts = not self._shows(template, ASKED, Dialect()) and self._shows(template, ASKED, Dialect(True))
+        for argument_text, null_content in ((False, False), (False, True), (True, False), (True, True)):
+            dialect = Dialect(typed_parts, argument_text, null_content)
+            if self._shows(template, CALLED, dialect):
+                return dialect
+        return Dialect(typed_parts)
 
-def prompt_ids(tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message]) -> list[int]:
+    def _shows(self, template: Jinja, messages: Sequence[Message], dialect: Dialect) -> bool:
+        turns = [_in_dialect(message, dialect) for message in messages]
+        try:
+            rendered = self._rendered(template, turns, NOTHING, PLAIN)
+        except TemplateError:
+            return False
+        return "None" not in rendered and all(word in rendered for word in SIGNS[: len(messages)])
+
+
+SIGNS = ("sign-of-a-question", "sign-of-an-argument")
+NOTHING: Mapping[str, Any] = {"tools": [], "documents": []}
+CALL = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": f'{{"a": "{SIGNS[1]}"}}'}}
+ASKED: list[Message] = [{"role": "user", "content": SIGNS[0]}]
+CALLED: list[Message] = [
+    *ASKED,
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "call00001", "content": "done"},
+]
+
+
+def prompt_ids(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] = (),
+    options: TemplateOptions = PLAIN,
+) -> list[int]:
     """The ids of a conversation. Only the template's own words become control tokens."""
-    unseen = _unseen_in(messages)
-    hidden = [_hidden(message, lambda text: tokenizer.hide_specials(text, unseen)) for message in messages]
-    rendered = template.render(hidden)
+    return template.render_hidden(messages, tools, options, tokenizer.hide_specials).ids(tokenizer)
+
+
+def _unseen_in(value: Any) -> tuple[str, str]:
+    """Two characters that are nowhere in it."""
+    text = json.dumps(value, ensure_ascii=False)
+    unseen = [character for character in NONCHARACTERS if character not in text]
+    if len(unseen) < 2:
+        raise TemplateError("the messages hold every noncharacter from U+FDD0 to U+FDEF, or all but one")
+    return unseen[0], unseen[1]
+
+
+def _hidden_turn(turn: Message, hide: Callable[[str], str]) -> Message:
+    hidden = veiled(turn, hide)
+    return hidden | {"role": turn["role"]} if turn.get("role") in ROLES else hidden
+
+
+def _in_dialect(message: Message, dialect: Dialect) -> Message:
+    turn = dict(message)
+    if "content" in turn and turn["content"] is None and not (turn.get("tool_calls") and dialect.null_content):
+        turn["content"] = ""
+    if dialect.typed_parts and isinstance(text := turn.get("content"), str):
+        turn["content"] = [{"type": "text", "text": text}]
+    if (calls := turn.get("tool_calls")) and not dialect.argument_text:
+        turn["tool_calls"] = [_with_object(call) for call in calls]
+    return turn
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments are an object; text that is none stays as the model once wrote it."""
+    function = call["function"]
+    if not isinstance(text := function["arguments"], str):
+        return call
     try:
-        return tokenizer.encode_with_specials(rendered, unseen)
-    except ValueError as error:
-        raise TemplateError(str(error)) from error
+        arguments = msgspec.json.decode(text or "{}", type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError):
+        return call
+    return call | {"function": function | {"arguments": arguments}}
 
 
-def _unseen_in(messages: Sequence[Message]) -> str:
-    text = json.dumps(messages, ensure_ascii=False)
-    for character in NONCHARACTERS:
-        if character not in text:
-            return character
-    raise TemplateError("the messages hold every noncharacter from U+FDD0 to U+FDEF")
+def _left_open(turn: Message, mark: str) -> tuple[str, Message]:
+    """The text at the end of a turn, and the turn with a mark after it. White space shows whether it is trimmed."""
+    match turn.get("content"):
+        case str(text) if text:
+            return text, turn | {"content": f"{text}{mark} "}
+        case [*parts, {"text": str(text)} as last] if text:
+            return text, turn | {"content": [*parts, last | {"text": f"{text}{mark} "}]}
+    raise TemplateError("continue_final_message: the last message has no text to continue")
 
 
-def _hidden(value: Any, hide: Callable[[str], str], keys_too: bool = False) -> Any:
-    """A message, or a part of one, in which every string of the client's is hidden."""
-    match value:
-        case str():
-            return hide(value)
-        case list():
-            return [_hidden(one, hide, keys_too) for one in value]
-        case dict():
-            return {
-                hide(key) if keys_too else key: part
-                if not keys_too and key in ("role", "type") and part in KINDS
-                else _hidden(part, hide, keys_too or key in CLIENT_KEYS)
-                for key, part in value.items()
-            }
-    return value
+def _cut(rendered: str, text: str, mark: str) -> str:
+    """The prompt up to where a text ends that the template may have trimmed."""
+    before, found, after = rendered.rpartition(mark)
+    if not found or text.strip() not in before:
+        raise TemplateError("continue_final_message: the chat template does not show the last message as it is")
+    return before if after.startswith(" ") else before.rstrip()
 
 
-def _of_gguf(path: Path) -> tuple[str | None, dict[str, str]]:
+def _effort(effort: str | None) -> dict[str, Any]:
+    """What templates call the effort that a request asks for."""
+    thinks = effort != "none"
+    return {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks} if effort else {}
+
+
+def _of_gguf(path: Path) -> tuple[Sources, dict[str, str]]:
     metadata = read_gguf(path).metadata
     literals = metadata.get("tokenizer.ggml.tokens", [])
-    ids = {name: metadata.get(f"tokenizer.ggml.{name.removesuffix('_token')}_token_id") for name in NAMED_TOKENS}
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in GGUF_TOKENS.items()}
     tokens = {name: literals[id_] for name, id_ in ids.items() if id_ is not None and id_ < len(literals)}
-    return metadata.get("tokenizer.chat_template"), tokens
+    keys = {DEFAULT: "tokenizer.chat_template", TOOL_USE: f"tokenizer.chat_template.{TOOL_USE}"}
+    return {name: metadata[key] for name, key in keys.items() if key in metadata}, tokens
 
 
-def _of_folder(folder: Path) -> tuple[str | None, dict[str, str]]:
+def _of_folder(folder: Path) -> tuple[Sources, dict[str, str]]:
     config = read_json(folder / "tokenizer_config.json")
-    named = {name: config.get(name) for name in NAMED_TOKENS}
-    contents = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
-    file = folder / "chat_template.jinja"
-    source = _text(file) if file.is_file() else config.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        source = next((one.get("template") for one in source if one.get("name") == "default"), None)
-    return source, {name: content for name, content in contents.items() if content is not None}
+    contents = {
+        key: token["content"] if isinstance(token, dict) else token
+        for key, token in config.items()
+        if key.endswith("_token")
+    }
+    tokens = {key: content for key, content in contents.items() if isinstance(content, str)}
+    named = config.get("chat_template")
+    sources: Sources = {}
+    if isinstance(named, str):
+        sources = {DEFAULT: named}
+    elif named:
+        sources = {one["name"]: one["template"] for one in named}
+    files = {DEFAULT: folder / "chat_template.jinja", TOOL_USE: folder / "additional_chat_templates" / "tool_use.jinja"}
+    return sources | {name: _text(file) for name, file in files.items() if file.is_file()}, tokens
 
 
 def _text(file: Path) -> str:
@@ -135,54 +280,3 @@ def _text(file: Path) -> str:
         return file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: chat template cannot be read: {error}") from error
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": lambda format: datetime.now().strftime(format),
-        "namespace": _Namespace,
-    }
-    return environment
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """{% generation %} marks the assistant's words for training; here it only stands around them."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's own, closed to the underscored names by which a template could reach Python's insides."""
-
-    def __init__(self, /, *args: Any, **kwargs: Any):
-        super().__init__()
-        for name, value in dict(*args, **kwargs).items():
-            self[name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace has no {name!r}")
-        super().__setitem__(name, value)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
