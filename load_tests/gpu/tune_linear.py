@@ -3,7 +3,7 @@
 A kernel shares the card with the end of the one before it and the beginning of the one after it, so what is quickest
 alone is not so in a layer. Here candidates are judged by the time of some layers, in turns with the best so far: first
 one way for all products, then product by product. The table begins as it is installed, or as an earlier run left it in
---out, so that models can be done one by one; it is written after each.
+--out, so that models can be done one by one; it is written after each bucket.
 
     PYTHONPATH=src:kernels:api_schemas:load_tests/gpu python load_tests/gpu/tune_linear.py CONFIG.json … --out FILE
 """
@@ -322,11 +322,11 @@ class Judge:
     def candidate(self, choices: Choices) -> Candidate:
         for work in self._works:
             work.run(choices)
-        torch.cuda.synchronize()
         return Candidate(choices, [self._captured(work, choices) for work in self._works])
 
     def _captured(self, work: Work, choices: Choices) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):  # not `torch.cuda.graph`, which first empties the cache, a thousand times
             graph.capture_begin(pool=self._pool)
             work.run(choices)
@@ -466,8 +466,8 @@ def ordered(table: Table) -> list[tuple[str, dict[str, list[Any]]]]:
     return sorted(table.items(), key=lambda item: (shapes[item[0].split(" m")[0]], int(item[0].split(" m")[1])))
 
 
-def tune_model(model: Model, buckets: Sequence[int], table: Table) -> Table:
-    """The table with what was found for this model."""
+def tune_model(model: Model, buckets: Sequence[int], table: Table) -> Iterator[Table]:
+    """The table with what was found for this model, after each bucket."""
     layer, last, found = model.layer(), model.last(), table
     weights = [{name: random_case(s, 1, 1)[1][0] for name, s in layer.items()} for _ in range(LAYERS)]
     heads = random_case(last["head"], 1, HEADS)[1]
@@ -486,7 +486,7 @@ def tune_model(model: Model, buckets: Sequence[int], table: Table) -> Table:
             for name, choice in v.changed():
                 found = with_choice(found, shapes[name].key(bucket), choice)
         give_back_memory()
-    return found
+        yield found
 
 
 def main() -> None:
@@ -503,8 +503,8 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, compiled in {time.monotonic() - began:.0f} s; µs of one layer, of one head")
     for model in models:
         began = time.monotonic()
-        table = tune_model(model, arguments.tokens, table)
-        write(table, arguments.out)
+        for found in tune_model(model, arguments.tokens, table):
+            write(table := found, arguments.out)
         print(f"{model.name}: {time.monotonic() - began:.0f} s, written to {arguments.out}", flush=True)
         give_back_memory()
 

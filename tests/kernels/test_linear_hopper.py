@@ -171,7 +171,7 @@ def check_twice(tokens: int, features: int, depth: int, kind: str, dtype: torch.
 
 
 @pytest.mark.hopper
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)  # each is compiled
 @given(
     tokens=st.integers(1, 64) | st.sampled_from([1, 7, 16, 33, 64]),
     features=st.integers(1, 1000) | st.sampled_from([64, 1024]),
@@ -194,23 +194,22 @@ def test_equals_its_definition_however_it_is_cut_and_again_right_after(
 
 
 @pytest.mark.hopper
-@pytest.mark.parametrize("tokens", [1, 16, 64])
+@pytest.mark.parametrize("tokens", [1, 64])
 @pytest.mark.parametrize(
     ("features", "depth", "kind"),
-    [(6144, 4096, ""), (4096, 14336, "add"), (14336, 4096, "gated"), (1024, 3072, "add"), (3072, 1024, "gated")],
+    [(6144, 4096, ""), (4096, 14336, "add"), (14336, 4096, "gated"), (1024, 3072, "add")],
 )
 def test_equals_its_definition_as_models_use_it(tokens: int, features: int, depth: int, kind: str) -> None:
     torch.manual_seed(tokens)
-    for choice in (StreamTiling(), StreamTiling(ring_kb=208, cut="evenly"), StreamTiling(block_k=256, early=False)):
+    for choice in (StreamTiling(), StreamTiling(ring_kb=208, cut="evenly")):
         check_twice(tokens, features, depth, kind, torch.bfloat16, choice)
 
 
 @pytest.mark.hopper
-@pytest.mark.parametrize("tokens", [1, 33])
-def test_products_of_all_kinds_follow_one_another_in_a_graph(tokens: int) -> None:
+def test_products_of_all_kinds_follow_one_another_in_a_graph() -> None:
     """Each may begin before the one before it has ended, and many share the places for sums."""
-    torch.manual_seed(tokens)
-    hidden, wide, layers = 1024, 2048, 12
+    torch.manual_seed(0)
+    tokens, hidden, wide, layers = 33, 1024, 2048, 12
     ways: list[Choice] = [None, Tiles(32, 128, 4, 4, 3), *TILINGS]
     gain = torch.randn(hidden, device="cuda").bfloat16()
     gate_ups = [torch.randn(2 * wide, hidden, device="cuda").bfloat16() / 32 for _ in range(layers)]
