@@ -160,7 +160,7 @@ def test_who_is_paused_is_told_the_same() -> None:
     step = DeviceStep(on_gpu(decoder), limits_of(ROWS, CHUNK, CONTEXT))
     cuda = CudaRunner(step, step.decoder.kv_memory(SLOTS), lambda doing: iter)
     for runner in (CpuRunner(decoder, SLOTS, ROWS, CONTEXT), cuda):
-        said = told(runner, Reckless(), slots=66, longest=10)
+        said = told(runner, Reckless(), slots=50, longest=10)
         assert said.keys() == expected.keys()
         for uid, tokens in expected.items():
             assert [t.token for t in said[uid]] == [t.token for t in tokens], f"request {uid}"
