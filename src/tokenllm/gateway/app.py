@@ -8,12 +8,14 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tokenllm.gateway import endpoints
+from tokenllm.gateway import anthropic, endpoints
+from tokenllm.gateway.docs import CONTENT_SECURITY_POLICY, PAGE
 from tokenllm.gateway.endpoints import Endpoint, Handler
 from tokenllm.gateway.gateway import Gateway
-from tokenllm.gateway.guard import Guard, wrong_method
+from tokenllm.gateway.guard import DOCS_PATH, Guard, wrong_method
 from tokenllm.gateway.openapi import document
 from tokenllm.gateway.response_endpoints import RESPONSE_ENDPOINTS
+from tokenllm_schemas.anthropic import AnthropicMessage, CountTokensRequest, MessagesRequest, TokenCountAnswer
 from tokenllm_schemas.errors import ApiError
 from tokenllm_schemas.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from tokenllm_schemas.responses import (
@@ -25,6 +27,7 @@ from tokenllm_schemas.responses import (
     Text,
     TextCompletion,
     Tokens,
+    Version,
 )
 
 
@@ -37,6 +40,10 @@ async def openapi(gateway: Gateway, request: Request) -> ASGIApp:
     return Response(_document(), media_type="application/json")
 
 
+async def docs(gateway: Gateway, request: Request) -> ASGIApp:
+    return Response(PAGE, media_type="text/html", headers={"content-security-policy": CONTENT_SECURITY_POLICY})
+
+
 ENDPOINTS = (
     Endpoint(
         "POST",
@@ -46,6 +53,7 @@ ENDPOINTS = (
         ChatCompletionRequest,
         ChatCompletion,
         ChatChunk,
+        errors=(404, 429),
     ),
     Endpoint(
         "POST",
@@ -55,16 +63,42 @@ ENDPOINTS = (
         CompletionRequest,
         TextCompletion,
         TextCompletion,
+        errors=(404, 429),
     ),
     *RESPONSE_ENDPOINTS,
+    Endpoint(
+        "POST",
+        "/v1/messages",
+        anthropic.create_message,
+        "The next turn of a conversation, as Anthropic's clients ask for it",
+        MessagesRequest,
+        AnthropicMessage,
+        anthropic.MessageEvent,
+        errors=(404, 429),
+    ),
+    Endpoint(
+        "POST",
+        "/v1/messages/count_tokens",
+        anthropic.count_message_tokens,
+        "How many tokens such a conversation has",
+        CountTokensRequest,
+        TokenCountAnswer,
+        errors=(404,),
+    ),
     Endpoint("GET", "/v1/models", endpoints.models, "The models served", answer=ModelList),
-    Endpoint("GET", "/v1/models/{id:path}", endpoints.model, "One model", answer=Model),
-    Endpoint("POST", "/tokenize", endpoints.tokenize, "The token ids of a text", TokenizeRequest, Tokens),
-    Endpoint("POST", "/detokenize", endpoints.detokenize, "The text of token ids", DetokenizeRequest, Text),
+    Endpoint("GET", "/v1/models/{id:path}", endpoints.model, "One model", answer=Model, errors=(404,)),
+    Endpoint(
+        "POST", "/tokenize", endpoints.tokenize, "The token ids of a text", TokenizeRequest, Tokens, errors=(404,)
+    ),
+    Endpoint(
+        "POST", "/detokenize", endpoints.detokenize, "The text of token ids", DetokenizeRequest, Text, errors=(404,)
+    ),
+    Endpoint("GET", "/version", endpoints.version, "The version of this server", answer=Version),
     Endpoint("GET", "/health/live", endpoints.live, "Whether this process answers", answer=Health),
-    Endpoint("GET", "/health/ready", endpoints.ready, "Whether requests are served", answer=Health),
-    Endpoint("GET", "/metrics", endpoints.metrics, "The numbers of the server, for Prometheus"),
-    Endpoint("GET", "/openapi.json", openapi, "This description"),
+    Endpoint("GET", "/health/ready", endpoints.ready, "Whether requests are served", answer=Health, errors=(503,)),
+    Endpoint("GET", "/metrics", endpoints.metrics, "The numbers of the server, for Prometheus", answer="text/plain"),
+    Endpoint("GET", "/openapi.json", openapi, "This description", answer="application/json"),
+    Endpoint("GET", DOCS_PATH, docs, "This description, for people", answer="text/html"),
 )
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -34,6 +34,14 @@ from tokenllm_schemas.requests import (
 Handler: TypeAlias = Callable[[Gateway, Request], Awaitable[ASGIApp]]
 
 
+class Query(NamedTuple):
+    """A parameter that may stand behind the path."""
+
+    name: str
+    schema: dict[str, Any]
+    meaning: str
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """One line of the table of endpoints: what the router and the OpenAPI document need to know."""
@@ -43,8 +51,10 @@ class Endpoint:
     handler: Handler
     summary: str
     body: type[RequestBody] | None = None
-    answer: type[msgspec.Struct] | None = None  # None: not JSON
-    chunk: type[msgspec.Struct] | None = None  # of its streams
+    answer: type[msgspec.Struct] | str | None = None  # a media type, if it is no JSON of ours; None: it only refuses
+    chunk: Any = None  # the type of the events of its streams
+    errors: tuple[int, ...] = ()  # beside those of every endpoint with its method
+    query: tuple["Query", ...] = ()
 
 
 class Wording(NamedTuple):

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterable
 from hashlib import sha256
 from math import inf
 
+import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenllm.gateway.alarm import Alarm
+from tokenllm_schemas.anthropic import AnthropicError
 from tokenllm_schemas.errors import ApiError, busy
 
 LARGEST_BODY = 4 * 2**20
@@ -26,7 +28,9 @@ BODY_S = 10.0
 STALL_S = 30.0
 LINGER_S = 2.0  # how long an unread body is thrown away, so that its sender gets to read the answer
 READY_PATH = "/health/ready"
-OPEN_PATHS = frozenset({"/health/live", READY_PATH})
+DOCS_PATH = "/docs"  # the same for everybody; what it shows it asks for with the reader's key
+OPEN_PATHS = frozenset({"/health/live", READY_PATH, DOCS_PATH})
+ANTHROPIC_PATH = "/v1/messages"  # here, and below, errors are worded as Anthropic's clients read them
 METHODS = frozenset({"GET", "HEAD", "POST", "DELETE"})
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 JSON = re.compile(rb"application/json\s*(;.*)?", re.IGNORECASE)
@@ -212,7 +216,7 @@ class Exchange:
         # unread parts of the body that nobody takes would block the answer
         rest = asyncio.create_task(self._throw_away())
         try:
-            await self._send_whole(error.status, error.headers, error.envelope(), rest)
+            await self._send_whole(error.status, error.headers, self._envelope(error), rest)
         except ClientGone:
             return
         finally:
@@ -225,6 +229,12 @@ class Exchange:
         await self.send({"type": "http.response.body", "body": body, "more_body": True})
         await asyncio.wait({rest}, timeout=LINGER_S)
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _envelope(self, error: ApiError) -> bytes:
+        path: str = self.scope["path"]
+        if path == ANTHROPIC_PATH or path.startswith(ANTHROPIC_PATH + "/"):
+            return msgspec.json.encode(AnthropicError.of(error))
+        return error.envelope()
 
     async def _throw_away(self) -> None:
         try:

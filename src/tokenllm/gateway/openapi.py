@@ -1,7 +1,12 @@
-"""The OpenAPI document: generated from the very types that requests are parsed into and answers are made of."""
+"""The OpenAPI document: generated from the very types that requests are parsed into and answers are made of.
 
-from collections.abc import Sequence
-from typing import Any
+An operation has the statuses that it can really give. What any server of HTTP/1.1 may say to a request that is none
+(400, 405, 431, 505), or to one with a body where none belongs (408, 413), is no operation's.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import msgspec
 from pydantic import BaseModel
@@ -9,39 +14,77 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from tokenllm import __version__
 from tokenllm.gateway.endpoints import Endpoint
-from tokenllm.gateway.guard import OPEN_PATHS
-from tokenllm_schemas.errors import ErrorEnvelope
+from tokenllm.gateway.guard import ANTHROPIC_PATH, OPEN_PATHS
+from tokenllm_schemas.anthropic import AnthropicError
+from tokenllm_schemas.errors import RETRIED, ErrorEnvelope
+
+Json: TypeAlias = dict[str, Any]
 
 ERRORS = {
-    "400": "The request is wrong; the message names the field.",
-    "401": "The API key is missing or wrong.",
-    "404": "There is no such model.",
-    "405": "The path has another method.",
-    "408": "The body took too long.",
-    "413": "The body is too large.",
-    "415": "The body is not JSON.",
-    "429": "Too many requests wait; retry after the given seconds.",
-    "500": "The server failed on this request.",
-    "503": "The model is loading, overloaded or shutting down; retry after the given seconds.",
+    400: "The request is wrong; the message names the field.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model, or nothing of that name is stored.",
+    408: "The body took too long, or the answer took longer than the client said it would wait.",
+    413: "The body is too large.",
+    415: "The body is not JSON.",
+    429: "Too many requests wait.",
+    500: "The server failed on this request.",
+    503: "The model is loading, or the server is overloaded or shutting down.",
 }
+WITH_EVERY_METHOD = {500}
+BEHIND_THE_KEY = {401, 503}
+WITH_A_BODY = {400, 408, 413, 415}
+REQUEST_ID = {
+    "description": "Of this request: the client's own, if it sent one of up to 64 letters, digits, dots, - and _.",
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+}
+RETRY_AFTER = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
+CHALLENGE = {"schema": {"const": "Bearer"}}
+KEYS = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "A server that was given no keys asks for none."},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same key."},
+}
+REFERENCE = "#/components/schemas/{name}"
 
 
 def document(endpoints: Sequence[Endpoint]) -> bytes:
     """The body of `GET /openapi.json`."""
-    paths: dict[str, dict[str, Any]] = {}
+    answers = _Answers(endpoints)
+    paths: dict[str, Json] = {}
     for endpoint in endpoints:
-        paths.setdefault(_public(endpoint.path), {})[endpoint.method.lower()] = _operation(endpoint)
+        paths.setdefault(_public(endpoint.path), {})[endpoint.method.lower()] = _operation(endpoint, answers)
     described = {
         "openapi": "3.1.0",
-        "info": {"title": "tokenllm", "version": __version__},
-        "security": [{"key": []}],
+        "info": {"title": "tokenllm", "version": __version__, "description": "A server for large language models."},
+        "security": [{name: []} for name in KEYS],
         "paths": paths,
         "components": {
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-            "schemas": _schemas(endpoints),
+            "securitySchemes": KEYS,
+            "schemas": {**_bodies(endpoints), **answers.components},
         },
     }
     return msgspec.json.encode(described)
+
+
+class _Answers:
+    """The schemas of what is answered."""
+
+    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+        types = [one.answer for one in endpoints if isinstance(one.answer, type)]
+        types += [one.chunk for one in endpoints if one.chunk]
+        types += [ErrorEnvelope, AnthropicError]
+        self._types = types
+        self._schemas, self.components = msgspec.json.schema_components(types, ref_template=REFERENCE)
+
+    def schema(self, type: Any) -> Json:
+        return self._schemas[self._types.index(type)]
+
+
+def statuses(endpoint: Endpoint) -> list[int]:
+    """What the operation may answer instead of what was asked for."""
+    behind_the_key = BEHIND_THE_KEY if endpoint.path not in OPEN_PATHS else set()
+    with_a_body = WITH_A_BODY if endpoint.method == "POST" else set()
+    return sorted({*endpoint.errors, *WITH_EVERY_METHOD, *behind_the_key, *with_a_body})
 
 
 def _public(path: str) -> str:
@@ -49,45 +92,59 @@ def _public(path: str) -> str:
     return path.replace(":path}", "}")
 
 
-def _operation(endpoint: Endpoint) -> dict[str, Any]:
-    operation: dict[str, Any] = {
+def _operation(endpoint: Endpoint, answers: _Answers) -> Json:
+    refusals = {str(status): _refusal(endpoint, status, answers) for status in statuses(endpoint)}
+    operation: Json = {
         "operationId": endpoint.handler.__name__,
         "summary": endpoint.summary,
-        "responses": {"200": {"description": endpoint.summary, "content": _content(endpoint)}, **_errors()},
+        "parameters": [*_path_parameters(endpoint), *_queries(endpoint)],
+        "responses": {**_success(endpoint, answers), **refusals},
     }
     if endpoint.body:
-        content = {"application/json": {"schema": _reference(endpoint.body)}}
-        operation["requestBody"] = {"required": True, "content": content}
-    if "{id}" in _public(endpoint.path):
-        operation["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+        reference = {"$ref": REFERENCE.format(name=endpoint.body.__name__)}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
     if endpoint.path in OPEN_PATHS:
         operation["security"] = []
     return operation
 
 
-def _content(endpoint: Endpoint) -> dict[str, Any]:
+def _path_parameters(endpoint: Endpoint) -> Iterable[Json]:
+    for name in re.findall(r"{(\w+)", endpoint.path):
+        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+
+
+def _queries(endpoint: Endpoint) -> Iterable[Json]:
+    for query in endpoint.query:
+        yield {"name": query.name, "in": "query", "description": query.meaning, "schema": query.schema}
+
+
+def _success(endpoint: Endpoint, answers: _Answers) -> Json:
     if endpoint.answer is None:
-        return {"*/*": {}}
-    content = {"application/json": {"schema": _reference(endpoint.answer)}}
+        return {}
+    content: Json
+    if isinstance(endpoint.answer, str):
+        content = {endpoint.answer: {}}
+    else:
+        content = {"application/json": {"schema": answers.schema(endpoint.answer)}}
     if endpoint.chunk:
-        content["text/event-stream"] = {"schema": _reference(endpoint.chunk)}
-    return content
+        events = {"type": "string", "description": "Server-sent events; the data of each is an `x-event-schema`."}
+        content["text/event-stream"] = {"schema": events, "x-event-schema": answers.schema(endpoint.chunk)}
+    return {"200": {"description": endpoint.summary, "headers": {"x-request-id": REQUEST_ID}, "content": content}}
 
 
-def _errors() -> dict[str, Any]:
-    content = {"application/json": {"schema": _reference(ErrorEnvelope)}}
-    return {status: {"description": meaning, "content": content} for status, meaning in ERRORS.items()}
+def _refusal(endpoint: Endpoint, status: int, answers: _Answers) -> Json:
+    envelope = AnthropicError if endpoint.path.startswith(ANTHROPIC_PATH) else ErrorEnvelope
+    headers: Json = {"x-request-id": REQUEST_ID}
+    if status in RETRIED:
+        headers["retry-after"] = RETRY_AFTER
+    if status == 401:
+        headers["www-authenticate"] = CHALLENGE
+    content = {"application/json": {"schema": answers.schema(envelope)}}
+    return {"description": ERRORS[status], "headers": headers, "content": content}
 
 
-def _reference(kind: type) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{kind.__name__}"}
-
-
-def _schemas(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
-    template = "#/components/schemas/{name}"
+def _bodies(endpoints: Sequence[Endpoint]) -> Json:
     bodies: list[tuple[type[BaseModel], JsonSchemaMode]]
     bodies = [(endpoint.body, "validation") for endpoint in endpoints if endpoint.body]
-    answers = {kind for endpoint in endpoints for kind in (endpoint.answer, endpoint.chunk) if kind}
-    _, asked = models_json_schema(bodies, ref_template=template.replace("{name}", "{model}"))
-    _, answered = msgspec.json.schema_components({*answers, ErrorEnvelope}, ref_template=template)
-    return {**asked["$defs"], **answered}
+    _, described = models_json_schema(bodies, ref_template=REFERENCE.replace("{name}", "{model}"))
+    return described["$defs"]

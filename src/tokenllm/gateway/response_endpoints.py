@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response as Answer
 from starlette.types import ASGIApp
 
-from tokenllm.gateway.endpoints import Endpoint, all_said, chat_submits
+from tokenllm.gateway.endpoints import Endpoint, Query, all_said, chat_submits
 from tokenllm.gateway.gateway import Gateway, tenant_of
 from tokenllm.gateway.reply import Said
 from tokenllm.gateway.response_prompt import (
@@ -179,6 +179,7 @@ RESPONSE_ENDPOINTS = (
         ResponseRequest,
         Response,
         NumberedEvent,
+        errors=(404, 429),
     ),
     Endpoint(
         "POST",
@@ -187,15 +188,43 @@ RESPONSE_ENDPOINTS = (
         "How many tokens a model would read",
         InputTokensRequest,
         InputTokens,
+        errors=(404,),
     ),
-    Endpoint("GET", "/v1/responses/{id}", response, "A stored response", answer=Response),
-    Endpoint("DELETE", "/v1/responses/{id}", delete_response, "Forgets a stored response", answer=DeletedResponse),
-    Endpoint("POST", "/v1/responses/{id}/cancel", cancel_response, "Is refused: nothing runs in the background"),
+    Endpoint(
+        "GET",
+        "/v1/responses/{id}",
+        response,
+        "A stored response",
+        answer=Response,
+        errors=(400, 404),
+        query=(Query("stream", {"const": "false"}, "Whether to stream it: no longer."),),
+    ),
+    Endpoint(
+        "DELETE",
+        "/v1/responses/{id}",
+        delete_response,
+        "Forgets a stored response",
+        answer=DeletedResponse,
+        errors=(404,),
+    ),
+    Endpoint(
+        "POST",
+        "/v1/responses/{id}/cancel",
+        cancel_response,
+        "Is refused: nothing runs in the background",
+        errors=(404,),
+    ),
     Endpoint(
         "GET",
         "/v1/responses/{id}/input_items",
         response_input_items,
         "What a stored response was an answer to",
         answer=ItemList,
+        errors=(400, 404),
+        query=(
+            Query("limit", {"type": "integer", "minimum": 1, "maximum": MOST_LISTED}, "The most items to list."),
+            Query("order", {"enum": ["asc", "desc"]}, "The oldest or the newest first."),
+            Query("after", {"type": "string"}, "The id of the item before the first one."),
+        ),
     ),
 )
