@@ -79,7 +79,7 @@ async def create_message(gateway: Gateway, request: Request) -> ASGIApp:
     body = await gateway.read(MessagesRequest, request)
     chat = await gateway.off_loop(body.as_chat)
     [submit] = await chat_submits(gateway, request, chat, arrived_s)
-    wording = Wording(gateway.head("msg").id, body.model, len(submit.prompt) // 4, submit.telling.stop)
+    wording = Wording(gateway.head("msg").id, body.model, len(submit.prompt) // 4, chat.stop_strings())
     if body.stream:
         return MessageStream(gateway.circuit, submit, wording)
     [said] = await all_said(gateway, request, [submit])
