@@ -23,7 +23,7 @@ from tokenllm.routing.tokenllm import TokenLLM
 from tokenllm.scheduler.rows import NOBODY
 from tokenllm.scheduler.scheduler import Scheduler
 
-ROWS, CONTEXT, CHUNK = 32, 448, 256
+ROWS, CONTEXT, CHUNK = 32, 512, 256
 
 
 class Reckless(TokenLLM):
