@@ -98,12 +98,13 @@ def template_options(body: TemplateFields) -> TemplateOptions:
 
 
 def _turn(message: ChatMessage) -> Message:
-    """A message in the words of chat templates. Some of these ask for reasoning by one name, and some by another."""
+    """A message in the words of chat templates."""
     extras = {
         "name": message.name,
         "tool_call_id": message.tool_call_id,
         "tool_calls": [call.model_dump(exclude_none=True) for call in message.calls()],
-        **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), message.reasoning_content or message.reasoning),
+        "reasoning_content": message.reasoning_content,
+        "reasoning": message.reasoning,
     }
     content = None if message.content is None and message.refusal is None else message.text() or message.refusal or ""
     role = ROLES.get(message.role, message.role)

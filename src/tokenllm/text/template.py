@@ -28,6 +28,7 @@ RENDER_S = 2.0  # of a processor
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them free for uses like ours
 ROLES = {"system", "developer", "user", "assistant", "tool", "function"}  # the only words a template may complete
 DEFAULT, TOOL_USE = "default", "tool_use"
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what templates and clients call it
 GGUF_TOKENS = {  # the names of special tokens, and what GGUF files call them
     "bos_token": "bos",
     "eos_token": "eos",
@@ -209,7 +210,8 @@ def _in_dialect(message: Message, dialect: Dialect) -> Message:
         turn["content"] = [{"type": "text", "text": text}]
     if (calls := turn.get("tool_calls")) and not dialect.argument_text:
         turn["tool_calls"] = [_with_object(call) for call in calls]
-    return turn
+    thoughts = [turn[name] for name in REASONING if turn.get(name) is not None]
+    return {"thinking": thoughts[0], **turn, "reasoning_content": thoughts[0]} if thoughts else turn
 
 
 def _with_object(call: dict[str, Any]) -> dict[str, Any]:
