@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
+
 from tokenllm_schemas.errors import ApiError, invalid, unsupported
 
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
@@ -27,7 +28,11 @@ MAX_CHOICES = MAX_PROMPTS = 128
 MAX_MESSAGES = 10_000
 MAX_TOOLS, MAX_FUNCTION_NAME, MAX_DOCUMENTS = 512, 64, 512
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 1024
+MAX_STOP_IDS = 64
 MAX_LOGPROBS = 20
+MAX_BIASED_TOKENS = 512  # that logit_bias, allowed_token_ids and bad_words name together
+MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH = 64, 128
+MAX_METADATA = 16
 USUAL_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
 
 
@@ -83,6 +88,18 @@ CacheSalt: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 Choices: TypeAlias = Annotated[int, Field(ge=1, le=MAX_CHOICES_EACH)]
 Logprobs: TypeAlias = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=INT32_MAX)]
+TokenKey: TypeAlias = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$", description="A token id.")]
+LogitBias: TypeAlias = Annotated[
+    dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASED_TOKENS)
+]
+BadWord: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_LENGTH)]
+ServiceTier: TypeAlias = Literal["auto", "default", "flex", "scale", "priority", "fast"]
+Metadata: TypeAlias = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=MAX_METADATA)
+]
+Truncation: TypeAlias = Annotated[
+    int, Field(ge=-1, le=INT32_MAX, description="Keep so many tokens of the prompt's end; -1: what the context holds.")
+]
 StopString: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop: TypeAlias = Annotated[
     StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)],
@@ -110,6 +127,7 @@ class RequestBody(BaseModel):
 
 class StreamOptions(RequestBody):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # in every chunk, so far
 
 
 class ContentPart(RequestBody):
@@ -218,14 +236,21 @@ class Generation(RequestBody):
     ignore_eos: bool | None = None
     cache_salt: CacheSalt | None = None  # only requests with the same share what was computed of their prompts
 
-    logit_bias: Annotated[Any, only({})] = None
-    repetition_penalty: Annotated[Any, only(1, 1.0)] = None
-    min_p: Annotated[Any, only(0, 0.0)] = None
-    min_tokens: Annotated[Any, only(0)] = None
-    stop_token_ids: Annotated[Any, only([])] = None
-    allowed_token_ids: Annotated[Any, only([])] = None
-    bad_words: Annotated[Any, only([])] = None
-    prompt_logprobs: Annotated[Any, only(False)] = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    logit_bias: LogitBias | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(max_length=MAX_BIASED_TOKENS)] | None = None
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None  # before a stop token; stop strings are heeded
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    truncate_prompt_tokens: Truncation | None = None
+    prompt_logprobs: Annotated[Logprobs | Literal[False], one_of("a number of alternatives, 0 to 20")] | None = None
+    priority: Annotated[int, Field(ge=-INT32_MAX, le=INT32_MAX, description="Lower ones go first.")] | None = None
+    service_tier: ServiceTier | None = None
+    metadata: Metadata | None = None
+
     structured_outputs: Annotated[Any, only()] = None
     guided_json: Annotated[Any, only()] = None
     guided_regex: Annotated[Any, only()] = None
@@ -236,6 +261,21 @@ class Generation(RequestBody):
     def _stream_options_need_stream(self) -> "Generation":
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options", "is only allowed together with stream: true")
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_are_as_many_as_asked(self) -> "Generation":
+        most = self.token_limit()
+        if self.min_tokens and most is not None and self.min_tokens > most:
+            raise invalid("min_tokens", f"{self.min_tokens} are more than the {most} tokens that may be generated")
+        if self.truncate_prompt_tokens == 0:
+            raise invalid("truncate_prompt_tokens", "must be -1 or at least 1 (got 0)")
+        return self
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_do_not_stream(self) -> "Generation":
+        if self.stream and self.asks_prompt_logprobs():
+            raise invalid("prompt_logprobs", "is not available together with stream: true")
         return self
 
     def stop_strings(self) -> tuple[str, ...]:
@@ -253,8 +293,23 @@ class Generation(RequestBody):
         """How many alternatives to report for each token; None means no logprobs at all."""
         raise NotImplementedError
 
+    def asks_prompt_logprobs(self) -> bool:
+        return self.prompt_logprobs is not None and self.prompt_logprobs is not False
+
+    def prompt_alternatives(self) -> int | None:
+        """How many alternatives to report for each token of the prompt; None means no logprobs of it."""
+        return self.prompt_logprobs if self.asks_prompt_logprobs() else None
+
+    def echoes(self) -> bool:
+        """Whether the prompt is part of the answer."""
+        return False
+
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    def running_usage(self) -> bool:
+        """Whether every chunk tells the usage so far."""
+        return self.include_usage() and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class ChatCompletionRequest(TemplateFields, Generation):
@@ -308,11 +363,18 @@ class CompletionRequest(Generation):
     prompt_field = "prompt"
 
     prompt: Prompt
+    max_tokens: Annotated[int, Field(ge=0, le=INT32_MAX, description="0 only with echo.")] | None = None
     logprobs: Logprobs | None = None
+    echo: bool | None = None
 
-    echo: Annotated[Any, only(False)] = None
     suffix: Annotated[Any, only("")] = None
     best_of: Annotated[Any, only(1)] = None
+
+    @model_validator(mode="after")
+    def _something_is_asked(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise invalid("max_tokens", "must be at least 1 without echo (got 0)")
+        return self
 
     @model_validator(mode="after")
     def _choices_are_limited(self) -> "CompletionRequest":
@@ -322,10 +384,17 @@ class CompletionRequest(Generation):
         return self
 
     def token_limit(self) -> int | None:
-        return self.max_tokens or USUAL_COMPLETION_TOKENS
+        return USUAL_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
     def alternatives(self) -> int | None:
         return self.logprobs
+
+    def prompt_alternatives(self) -> int | None:
+        both = (super().prompt_alternatives(), self.logprobs if self.echo else None)
+        return max((one for one in both if one is not None), default=None)
+
+    def echoes(self) -> bool:
+        return bool(self.echo)
 
     def prompts(self) -> Sequence[str | list[int]]:
         """The batch, of one or many."""

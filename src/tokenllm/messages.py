@@ -31,6 +31,23 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logprobs: int | None = None  # also report the chosen token's logprob and that many alternatives
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (id, added to its logit), each id once; minus infinity masks it
+    only_biased: bool = False  # ids that logit_bias does not name are masked
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of two ids or more that are never said
+    muted: tuple[int, ...] = ()  # ids that are masked until there are `min_tokens`
+    min_tokens: int = 0
+    prompt_logprobs: int | None = None  # report those of the prompt too, from its second token on
+
+
+class Telling(msgspec.Struct, frozen=True, array_like=True):
+    """How the detokenizer tells what was generated. The scheduler carries it along in `Begin`."""
+
+    stop: tuple[str, ...] = ()  # strings that end the text
+    special_tokens: bool = False  # they show in the text
+    each_token: bool = False  # `Delta.logprobs` lists every token, also without logprobs
+    nothing: bool = False  # only the prompt's logprobs were asked for: the one token that was generated is not told
 
 
 class Submit(Message, frozen=True):
@@ -40,7 +57,6 @@ class Submit(Message, frozen=True):
     prompt: bytes  # int32 ids, at least one
     max_tokens: int  # at least 1; prompt and max_tokens together fit the context
     sampling: Sampling
-    stop: tuple[str, ...] = ()  # stop strings: the detokenizer's business, carried along in `Begin`
     ignore_eos: bool = False
     arrived_s: float = 0.0  # time.monotonic() in the gateway
     tenant: str = ""  # whose request it is: tenants never share what was computed
@@ -48,6 +64,8 @@ class Submit(Message, frozen=True):
     adapter: str | None = None  # refused for now
     media: bytes | None = None  # refused for now
     priority: int = 0  # higher goes first
+    stop_ids: tuple[int, ...] = ()  # end the completion beside the model's own, whatever `ignore_eos` says
+    telling: Telling = Telling()
 
 
 class Abort(Message, frozen=True):
@@ -76,7 +94,7 @@ class Begin(Message, frozen=True):
 
     uid: int
     prompt_tokens: int
-    stop: tuple[str, ...] = ()
+    telling: Telling = Telling()
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -96,6 +114,7 @@ class Step(Message, frozen=True):
     finished: tuple[int, ...]  # per uid: STILL_RUNNING, or 1 + an index into FINISH_REASONS
     cached_tokens: tuple[int, ...]  # per uid: prompt tokens that were not computed
     logprobs: dict[int, tuple[TokenLogprob, ...]] = {}  # uid → one per id, for those who asked
+    prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {}  # uid → the next ones of its prompt; before all else here
 
 
 class Refused(Message, frozen=True):
@@ -115,6 +134,8 @@ class TokenText(msgspec.Struct, frozen=True, array_like=True):
     bytes_: bytes
     logprob: float
     top: tuple[tuple[str, bytes, float], ...] = ()
+    id: int = -1
+    top_ids: tuple[int, ...] = ()
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True):
@@ -128,7 +149,9 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):
-    """New text of one uid. `tokens` ids stand behind it, also when they show no text yet."""
+    """New text of one uid. `tokens` ids stand behind it, also when they show no text yet. The first of `logprobs` are
+    the prompt's, where they were asked for.
+    """
 
     uid: int
     text: str

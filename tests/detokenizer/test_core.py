@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tokenllm.detokenizer.core import Detokenizer
 from tokenllm.detokenizer.outbox import joined
@@ -19,6 +20,7 @@ from tokenllm.messages import (
     Ready,
     Refused,
     Step,
+    Telling,
     Texts,
     TokenLogprob,
     TokenText,
@@ -102,7 +104,7 @@ def test_every_uid_gets_its_text_and_one_last_word(
 ) -> None:
     detokenizer, answers = Detokenizer(DECODER, 3), []
     for uid, stop, _, _ in requests:
-        assert detokenizer.accept(Begin(uid, 5, stop)) == {}
+        assert detokenizer.accept(Begin(uid, 5, Telling(stop))) == {}
     for n in range(8):
         running = [
             (uid, steps[n], FINISHED[reason] if n == len(steps) - 1 else STILL_RUNNING)
@@ -114,7 +116,8 @@ def test_every_uid_gets_its_text_and_one_last_word(
     assert told.keys() == {uid for uid, _, _, _ in requests}
     for uid, stop, steps, reason in requests:
         ids, news = [id_ for some in steps for id_ in some], told[uid]
-        assert (news.text, news.finish and news.finish.reason) == expected(ids, stop, reason)
+        shown = [*ids[:-1], EOS] if reason == "stop" and steps[-1] else ids  # what ends a text is none of it
+        assert (news.text, news.finish and news.finish.reason) == expected(shown, stop, reason)
         assert news.finish and news.finish.prompt_tokens == 5
         assert news.tokens == news.finish.completion_tokens
         assert len(news.logprobs) == (news.tokens if uid % 2 else 0)
@@ -126,7 +129,7 @@ def test_every_uid_gets_its_text_and_one_last_word(
 
 def test_a_stop_string_is_the_last_word_and_the_abort_that_follows_is_not() -> None:
     detokenizer = Detokenizer(DECODER, 1)
-    detokenizer.accept(Begin(1, 9, ("stop",)))
+    detokenizer.accept(Begin(1, 9, Telling(("stop",))))
     assert detokenizer.accept(step([(1, [*b"a st"], 0)])) == {0: Texts((Delta(1, "a ", 4, texts(b"a st")),))}
     finish = Finish("stop", prompt_tokens=9, cached_tokens=0, completion_tokens=5, by_stop_string=True)
     assert detokenizer.accept(step([(1, [259, *b"more"], 0)])) == {
@@ -138,20 +141,46 @@ def test_a_stop_string_is_the_last_word_and_the_abort_that_follows_is_not() -> N
 
 def test_no_abort_is_asked_for_what_the_scheduler_has_ended() -> None:
     detokenizer = Detokenizer(DECODER, 1)
-    detokenizer.accept(Begin(2, 9, ("stop",)))
+    detokenizer.accept(Begin(2, 9, Telling(("stop",))))
     (news,) = detokenizer.accept(step([(2, [256], FINISHED["length"])])).values()
     assert news == Texts((Delta(2, "", 1, finish=Finish("stop", 9, 0, 1, by_stop_string=False)),))
 
 
 def texts(data: bytes, whole: bool = False) -> tuple[TokenText, ...]:
-    tokens = [data] if whole else [bytes([byte]) for byte in data]
-    return tuple(TokenText(one.decode(), one, -0.5, ((one.decode(), one, -0.5),)) for one in tokens)
+    tokens = {259: data} if whole else {byte: bytes([byte]) for byte in data}
+    return tuple(
+        TokenText(one.decode(), one, -0.5, ((one.decode(), one, -0.5),), id_, (id_,)) for id_, one in tokens.items()
+    )
+
+
+def test_a_token_that_ends_the_text_is_none_of_it() -> None:
+    detokenizer = Detokenizer(DECODER, 1)
+    detokenizer.accept(Begin(2, 9))
+    (news,) = detokenizer.accept(step([(2, [*b"ab", 256], FINISHED["stop"])])).values()
+    assert news == Texts((Delta(2, "ab", 3, finish=Finish("stop", 9, 0, 3)),))
+
+
+def test_special_tokens_show_where_they_are_wanted() -> None:
+    detokenizer = Detokenizer(DECODER, 1)
+    detokenizer.accept(Begin(2, 9, Telling(special_tokens=True, each_token=True)))
+    (news,) = detokenizer.accept(step([(2, [97, EOS], FINISHED["length"])])).values()
+    each = TokenText("a", b"a", 0.0, id=97), TokenText("<eos>", b"<eos>", 0.0, id=EOS)
+    assert news == Texts((Delta(2, "a<eos>", 2, each, Finish("length", 9, 0, 2)),))
+
+
+def test_a_prompts_logprobs_come_before_the_text() -> None:
+    """Where only they were asked for, the token that the engine could not but generate is not told."""
+    detokenizer, last = Detokenizer(DECODER, 1), FINISHED["stop"]
+    detokenizer.accept(Begin(1, 9, Telling(nothing=True)))
+    foretold = {1: (TokenLogprob(98, -0.5, ((98, -0.5),)),), 3: (TokenLogprob(98, -0.5),)}
+    (news,) = detokenizer.accept(replace(step([(1, [97], last)]), prompt_logprobs=foretold)).values()
+    assert news == Texts((Delta(1, "", 0, texts(b"b")), Delta(1, "", 0, (), Finish("length", 9, 0, 0))))
 
 
 @pytest.mark.parametrize("reason", ["abort", "error", "length"])
 def test_what_was_held_back_is_shown_at_the_end(reason: str) -> None:
     detokenizer = Detokenizer(DECODER, 1)
-    detokenizer.accept(Begin(2, 9, ("stopped",)))
+    detokenizer.accept(Begin(2, 9, Telling(("stopped",))))
     detokenizer.accept(step([(2, [256], 0)]))
     (news,) = detokenizer.accept(step([(2, [0xC3], FINISHED[reason])])).values()
     assert isinstance(news, Texts)

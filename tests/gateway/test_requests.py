@@ -44,6 +44,11 @@ RANGES = {  # field: largest below, smallest, largest, smallest above
     "presence_penalty": (-2.001, -2, 2, 2.001),
     "n": (0, 1, 8, 9),
     "seed": (-(2**63) - 1, -(2**63), 2**63 - 1, 2**63),
+    "min_p": (-0.001, 0, 1, 1.001),
+    "repetition_penalty": (0.009, 0.01, 100, 100.1),
+    "truncate_prompt_tokens": (-2, -1, 2**31 - 1, 2**31),
+    "prompt_logprobs": (-1, 0, 20, 21),
+    "priority": (-(2**31), -(2**31) + 1, 2**31 - 1, 2**31),
 }
 
 
@@ -74,14 +79,8 @@ NEUTRAL = [
     ("response_format", {"type": "text"}, {"type": "json_object"}),
     ("tool_choice", "auto", "required"),
     ("tool_choice", "none", {"type": "function", "function": {"name": "f"}}),
-    ("logit_bias", {}, {"1": 5}),
     ("modalities", ["text"], ["text", "audio"]),
     ("audio", None, {"voice": "alloy"}),
-    ("repetition_penalty", 1.0, 1.1),
-    ("repetition_penalty", 1, True),
-    ("min_p", 0.0, 0.1),
-    ("min_tokens", 0, 3),
-    ("stop_token_ids", [], [1]),
     ("web_search_options", None, {}),
     ("chat_template_kwargs", {}, {"tokenize": True}),
 ]
@@ -94,7 +93,7 @@ def test_what_is_not_honoured_is_refused(field: str, neutral: object, meant: obj
     assert (error.code, error.param) == ("unsupported_parameter", field)
 
 
-@pytest.mark.parametrize(("field", "neutral", "meant"), [("echo", False, True), ("suffix", "", "x"), ("best_of", 1, 2)])
+@pytest.mark.parametrize(("field", "neutral", "meant"), [("suffix", "", "x"), ("best_of", 1, 2)])
 def test_what_completions_do_not_honour_is_refused(field: str, neutral: object, meant: object) -> None:
     text(**{field: neutral})
     assert refusal(text, **{field: meant}).code == "unsupported_parameter"
@@ -248,3 +247,48 @@ def test_tokenize_needs_one_of_two() -> None:
     for fields in ({}, {"prompt": "a", "messages": CHAT["messages"]}):
         with pytest.raises(ApiError, match="either"):
             parse(TokenizeRequest, json.dumps(fields).encode())
+
+
+@pytest.mark.parametrize(
+    ("field", "good", "bad", "param"),
+    [
+        ("logit_bias", {"0": -100, "15": 100}, {"1": 100.1}, "logit_bias"),
+        ("logit_bias", {}, {"x": 1}, "logit_bias"),
+        ("logit_bias", {}, {"-1": 1}, "logit_bias"),
+        ("logit_bias", {}, {"01": 1}, "logit_bias"),
+        ("logit_bias", {str(i): 1 for i in range(512)}, {str(i): 1 for i in range(513)}, "logit_bias"),
+        ("allowed_token_ids", [1, 2], [-1], "allowed_token_ids[0]"),
+        ("bad_words", ["a"] * 64, ["a"] * 65, "bad_words"),
+        ("bad_words", ["a" * 128], ["ok", "a" * 129], "bad_words[1]"),
+        ("bad_words", [], [""], "bad_words[0]"),
+        ("stop_token_ids", [0] * 64, [0] * 65, "stop_token_ids"),
+        ("stop_token_ids", [], ["1"], "stop_token_ids[0]"),
+        ("min_tokens", 5, 6, "min_tokens"),
+        ("truncate_prompt_tokens", 1, 0, "truncate_prompt_tokens"),
+        ("prompt_logprobs", False, True, "prompt_logprobs"),
+        ("service_tier", "fast", "slow", "service_tier"),
+        ("metadata", {str(i): "x" * 512 for i in range(16)}, {str(i): "" for i in range(17)}, "metadata"),
+        ("metadata", {"a" * 64: ""}, {"a": 5}, "metadata"),
+        ("return_token_ids", True, 1, "return_token_ids"),
+        ("skip_special_tokens", False, "no", "skip_special_tokens"),
+    ],
+)
+def test_what_is_said_of_tokens_is_checked(field: str, good: object, bad: object, param: str) -> None:
+    for ask in (chat, text):
+        assert getattr(ask(**{"max_tokens": 5, field: good}), field) == good
+        error = refusal(ask, **{"max_tokens": 5, field: bad})
+        assert (str(error.param).startswith(param), error.code) == (True, "invalid_value"), error.message
+
+
+def test_prompt_logprobs_are_for_whole_answers() -> None:
+    assert refusal(chat, prompt_logprobs=0, stream=True).param == "prompt_logprobs"
+    assert chat(prompt_logprobs=False, stream=True).prompt_alternatives() is None
+    assert text(prompt_logprobs=2, logprobs=5, echo=True).prompt_alternatives() == 5
+    assert text(prompt_logprobs=2, logprobs=5).prompt_alternatives() == 2
+    assert text(logprobs=5).prompt_alternatives() is None
+
+
+def test_nothing_is_generated_only_for_an_echo() -> None:
+    assert refusal(text, max_tokens=0).param == "max_tokens"
+    assert text(max_tokens=0, echo=True).token_limit() == 0
+    assert refusal(chat, max_tokens=0).param == "max_tokens"

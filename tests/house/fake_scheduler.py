@@ -96,7 +96,7 @@ class FakeScheduler:
         if len(self.waiting) >= self._most_waiting:
             return Refused(request.uid, 429, "queue_full", f"{len(self.waiting)} requests wait")
         self.waiting[request.uid] = request
-        return Begin(request.uid, request.prompt_tokens, request.submit.stop)
+        return Begin(request.uid, request.prompt_tokens, request.submit.telling)
 
     def _abort(self, uids: list[int]) -> list[Midway]:
         for uid in uids:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +24,16 @@ NEARLY_ZERO = 19781057
 # ---- the definition ----
 
 
-def adjusted(logits: Tensor, rule: LogitsRule, counts: Tensor) -> Tensor:
+def adjusted(logits: Tensor, rule: LogitsRule, position: int, counts: Tensor) -> Tensor:
     logits = logits.clone()
     for token, value in rule.logit_bias:
         logits[token] += value
+    others = [token for token in range(len(logits)) if token not in dict(rule.logit_bias)] if rule.only_biased else []
+    logits[[*others, *(rule.muted if position < rule.muted_until else ())]] = -math.inf
+    repeated = counts > 0
+    repeated[list(rule.prompt)] = True
+    penalty = torch.where(logits > 0, 1 / rule.repetition_penalty, rule.repetition_penalty)
+    logits = torch.where(repeated, logits * penalty, logits)
     return (logits - rule.frequency_penalty * counts - rule.presence_penalty * (counts > 0)).double()
 
 
@@ -55,14 +62,16 @@ def weights_kept(logits: Tensor, rule: LogitsRule) -> Tensor:
 
 
 def may_be_chosen(token: int, logits: Tensor, rule: LogitsRule, position: int, counts: Tensor) -> bool:
-    logits = adjusted(logits, rule, counts)
+    logits = adjusted(logits, rule, position, counts)
+    if logits.max() == -math.inf:
+        return token == -1
     if rule.temperature == 0:
         return token == int(logits.argmax())
     weights = weights_kept(logits, rule)
     upto = weights.cumsum(0) / weights.sum()
     u = philox_uniform(rule.seed, position)
     before = float(upto[token] - weights[token] / weights.sum())
-    return weights[token] > 0 and before - CLOSE <= u <= float(upto[token]) + CLOSE
+    return bool(weights[token] > 0) and before - CLOSE <= u <= float(upto[token]) + CLOSE
 
 
 def reference(logits: Tensor, rule: LogitsRule, position: int, counts: Tensor) -> int:
@@ -72,7 +81,10 @@ def reference(logits: Tensor, rule: LogitsRule, position: int, counts: Tensor) -
 @st.composite
 def rules(draw: st.DrawFn, vocab: int) -> LogitsRule:
     some = st.booleans()
-    bias = st.dictionaries(st.integers(0, vocab - 1), st.floats(-20, 20, width=32), max_size=5)
+    token = st.integers(0, vocab - 1)
+    bias = st.dictionaries(token, st.floats(-20, 20, width=32) | st.just(-math.inf), max_size=5)
+    few = st.lists(token, max_size=5, unique=True).map(tuple)
+    repetition_penalty = draw(st.floats(0.5, 2, width=32)) if draw(some) else 1.0
     return LogitsRule(
         seed=draw(st.integers(0, 2**64 - 1)),
         temperature=draw(st.sampled_from([0.0, 1e-5, 0.3, 1.0, 2.5])),
@@ -82,6 +94,11 @@ def rules(draw: st.DrawFn, vocab: int) -> LogitsRule:
         frequency_penalty=draw(st.floats(-2, 2, width=32)) if draw(some) else 0.0,
         presence_penalty=draw(st.floats(-2, 2, width=32)) if draw(some) else 0.0,
         logit_bias=tuple(draw(bias).items()) if draw(some) else (),
+        only_biased=draw(st.integers(0, 9)) == 0,
+        muted=draw(few) if draw(some) else (),
+        muted_until=draw(st.sampled_from([0, 12, 18])),  # of positions 11 and 17 to 20
+        repetition_penalty=repetition_penalty,
+        prompt=draw(few) if repetition_penalty != 1 else (),
     )
 
 
@@ -103,7 +120,7 @@ def test_the_reference_is_its_definition(data: st.DataObject, vocab: int, seed: 
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.3}])
-def test_the_references_draws_follow_the_distribution(filters: dict[str, float]) -> None:
+def test_the_references_draws_follow_the_distribution(filters: dict[str, Any]) -> None:
     logits, draws = torch.tensor([0.1, 0.05, 0.25, 0.3, 0.1, 0.2]).log(), 3000
     expected = weights_kept(logits.double(), LogitsRule(0, **filters))
     drawn = [reference(logits, LogitsRule(seed, **filters), 3, torch.zeros(6)) for seed in range(draws)]
@@ -159,7 +176,7 @@ def test_the_kernels_are_the_definition(
     asked = [data.draw(rules(vocab)) for _ in rows]
     gpu.set_rules(batch.table, rows, asked)
     counts = torch.randint(0, 3, (11, vocab), generator=torch.Generator().manual_seed(seed)).short()
-    batch.table.counts.copy_(counts)
+    batch.table.counts.add_(counts.to(device))  # to which the signs of the prompts' tokens stay
     logits = random_logits(vocab, seed, scale, ties=ties, rows=n + 1).to(dtype)
     padding = data.draw(st.integers(0, n))
     placed = [*rows[:padding], -1, *rows[padding:]]
@@ -174,9 +191,11 @@ def test_the_kernels_are_the_definition(
     last = torch.zeros(11, dtype=torch.int32)
     for token, row, rule, mine, position in zip(tokens, rows, asked, used, positions, strict=True):
         assert may_be_chosen(token, mine, rule, position, counts[row].float()), (token, rule)
-        counts[row, token] += 1
-        last[row] = token
-    assert torch.equal(batch.table.counts.cpu(), counts)
+        counts[row, token] += token >= 0
+        last[row] = max(token, 0)
+        repeated = [token in rule.prompt for token in range(vocab)]
+        assert (batch.table.counts[row] < 0).tolist() == repeated
+    assert torch.equal(batch.table.counts.cpu() & gpu.MOST_COUNTED, counts)
     assert torch.equal(batch.table.last_token.cpu(), last)
 
 
@@ -273,7 +292,7 @@ def test_counts_stay_within_their_type(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("bias", "said"),
     [
-        (tuple((token, 1.0) for token in range(513)), "513 tokens, more than 512"),
+        (tuple((token, 1.0) for token in range(1025)), "1025 tokens, more than 1024"),
         (((3, 1.0), (3, 2.0)), "names a token twice"),
         (((1000, 1.0),), "token 1000, and the vocabulary has 1000"),
     ],
@@ -285,13 +304,50 @@ def test_a_bias_the_table_cannot_hold_is_refused(
         gpu.set_rules(Batch(device, 1000).table, [0], [LogitsRule(0, logit_bias=bias)])
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (((1, 2),) * 65, "65 bad words are more than 64"),
+        (((1,),), "a bad word has 2 to 8 tokens"),
+        ((tuple(range(9)),), "a bad word has 2 to 8 tokens"),
+        (((1, 1000),), "token 1000, and the vocabulary has 1000"),
+    ],
+)
+def test_bad_words_the_table_cannot_hold_are_refused(
+    device: torch.device, words: tuple[tuple[int, ...], ...], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        gpu.set_rules(Batch(device, 1000).table, [0], [LogitsRule(0, bad_words=words)])
+
+
 def test_the_longest_bias(device: torch.device) -> None:
-    batch = Batch(device, 1000)
-    bias = tuple((token, float(token)) for token in range(999, 999 - 512, -1))
+    batch = Batch(device, 2000)
+    bias = tuple((token, float(token)) for token in range(1999, 1999 - 1024, -1))
     gpu.set_rules(batch.table, [2], [LogitsRule(0, 0.0, logit_bias=bias)])
-    logits = torch.zeros(1, 1000)
-    logits[0, 998] = 1.5
-    assert batch.choose(logits, [2], [0]) == [998]
+    logits = torch.zeros(1, 2000)
+    logits[0, 1998] = 1.5
+    assert batch.choose(logits, [2], [0]) == [1998]
+
+
+@settings(deadline=None, max_examples=100 if ON_GPU else 15)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=8).map(tuple), min_size=1, max_size=64), st.data())
+def test_a_bad_word_is_never_said(device: torch.device, words: list[tuple[int, ...]], data: st.DataObject) -> None:
+    """Of three tokens, one likelier than the next, whichever ends no bad word is said: the kernels', the reference's
+    and the definition's.
+    """
+    logits = torch.tensor([[3.0, 2.0, 1.0]]) if data.draw(st.booleans()) else torch.tensor([[1.0, 2.0, 2.5]])
+    rule = LogitsRule(1, 0.0, bad_words=tuple(words))
+    batch, said = Batch(device, 3), []
+    gpu.set_rules(batch.table, [4], [rule])
+    for position in range(12):
+        text = [[*said, token] for token in logits[0].argsort(descending=True).tolist()]
+        good = [one[-1] for one in text if not any(tuple(one[-len(word) :]) == word for word in words)]
+        expected = good[0] if good else -1
+        assert batch.choose(logits, [4], [position]) == [expected]
+        assert sample(logits, [rule], [position], [None], [said]).tolist() == [expected]
+        if not good:
+            return
+        said.append(expected)
 
 
 @triton.jit

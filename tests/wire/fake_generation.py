@@ -49,7 +49,7 @@ class Speech:
     def next_delta(self) -> Delta | None:
         text, stopped = f"{self.spoken} ", False
         self.spoken += 1
-        if text.strip() in self.submit.stop:
+        if text.strip() in self.submit.telling.stop:
             text, stopped = "", True
         ended = stopped or self.spoken == self.submit.max_tokens
         finish = None

@@ -83,7 +83,7 @@ def test_what_is_asked_reaches_the_scheduler(client: openai.OpenAI, gateway: Gat
         extra_body={"top_k": 9, "ignore_eos": True},
     )
     submit = gateway.generation.submits[-1]
-    assert (submit.max_tokens, submit.stop, submit.ignore_eos) == (3, ("never", "ever"), True)
+    assert (submit.max_tokens, submit.telling.stop, submit.ignore_eos) == (3, ("never", "ever"), True)
     sampling = submit.sampling
     assert (sampling.seed, sampling.temperature, sampling.top_p, sampling.top_k) == (7, 0.5, 0.25, 9)
     assert (sampling.frequency_penalty, sampling.presence_penalty, sampling.logprobs) == (-1, 2, None)

@@ -27,12 +27,15 @@ PASS = 128  # groups read at once
 SURVEY_WARPS = 8
 CHOOSE_WARPS = 16
 CHOOSE_REGISTERS = 64  # two programs to a multiprocessor
-BIASED = 512  # biased tokens of one request
-RULE_WORDS = 10  # of a packed rule, before its bias: see `write_rules`
+BIASED = 1024  # biased and muted tokens of one request
+BAD_WORDS, BAD_WORD_TOKENS = 64, 8  # of one request, of more than one token
+RULE_WORDS = 14  # of a packed rule, before its bias: see `write_rules`
 MOST_COUNTED = 32767  # counts are int16 and stay here
+IN_PROMPT = -32768  # their sign: a token of the prompt that counts as repeated
 
 _SMALLEST = tl.constexpr(SMALLEST_TEMPERATURE)
 _MOST_COUNTED = tl.constexpr(MOST_COUNTED)
+_IN_PROMPT = tl.constexpr(IN_PROMPT)
 _NOWHERE = tl.constexpr(2**31 - 1)
 _WORDS = tl.constexpr(RULE_WORDS)
 
@@ -42,16 +45,23 @@ class SamplingTable:
     """What the device knows of the requests, one entry per row; filled by `set_rules`, kept up by `sample_rows`."""
 
     seed: Tensor  # [rows] int64
-    temperature: Tensor  # [rows] float32, as the four that follow
+    temperature: Tensor  # [rows] float32, as the five that follow
     top_p: Tensor
     min_p: Tensor
     frequency_penalty: Tensor
     presence_penalty: Tensor
+    repetition_penalty: Tensor
     top_k: Tensor  # [rows] int32, 0 or less than the vocabulary
-    biased: Tensor  # [rows] int32, how many of the next two hold
+    biased: Tensor  # [rows] int32, how many of the next three hold
     bias_ids: Tensor  # [rows, BIASED] int32
     bias_values: Tensor  # [rows, BIASED] float32
-    counts: Tensor  # [rows, vocab] int16: how often each token was generated
+    early_values: Tensor  # [rows, BIASED] float32, instead of them at positions before `muted_until`
+    muted_until: Tensor  # [rows] int32
+    only_biased: Tensor  # [rows] int32, 1: all other tokens are masked
+    bad_words: Tensor  # [rows] int32, how many of the next hold
+    bad_tokens: Tensor  # [rows, BAD_WORD_TOKENS, BAD_WORDS] int32: last tokens, those before them, …; -1 is any
+    said: Tensor  # [rows, BAD_WORD_TOKENS] int32, the newest first; kept up where there are bad words
+    counts: Tensor  # [rows, vocab] int16: how often each token was generated, below 0 where it counts as repeated
     last_token: Tensor  # [rows] int32: the token chosen last, 0 where there was none
 
     @classmethod
@@ -66,10 +76,17 @@ class SamplingTable:
             min_p=column(torch.float32),
             frequency_penalty=column(torch.float32),
             presence_penalty=column(torch.float32),
+            repetition_penalty=column(torch.float32) + 1,
             top_k=column(torch.int32),
             biased=column(torch.int32),
             bias_ids=column(torch.int32, BIASED),
             bias_values=column(torch.float32, BIASED),
+            early_values=column(torch.float32, BIASED),
+            muted_until=column(torch.int32),
+            only_biased=column(torch.int32),
+            bad_words=column(torch.int32),
+            bad_tokens=column(torch.int32, BAD_WORD_TOKENS, BAD_WORDS),
+            said=column(torch.int32, BAD_WORD_TOKENS),
             counts=column(torch.int16, vocab),
             last_token=column(torch.int32),
         )
@@ -113,9 +130,11 @@ class SamplingWorkspace:
 
 
 @triton.jit
-def _adjusts(row, frequency_penalty, presence_penalty, biased):
+def _adjusts(row, frequency_penalty, presence_penalty, repetition_penalty, biased, only_biased, bad_words):
     penalized = (tl.load(frequency_penalty + row) != 0) | (tl.load(presence_penalty + row) != 0)
-    return penalized | (tl.load(biased + row) > 0)
+    penalized |= tl.load(repetition_penalty + row) != 1
+    masked = (tl.load(only_biased + row) > 0) | (tl.load(bad_words + row) > 0)
+    return penalized | masked | (tl.load(biased + row) > 0)
 
 
 @triton.jit
@@ -132,23 +151,73 @@ def _per_temperature(row, temperature):
 
 
 @triton.jit
-def _adjust(
-    x, ids, row, mine, frequency_penalty, presence_penalty, biased, bias_ids, bias_values, counts,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr,
+def _times(counted):
+    """How often a token was generated."""
+    return tl.where(counted < 0, counted - _IN_PROMPT, counted)
+
+
+@triton.jit
+def _bias(
+    x, ids, row, mine, position, biased, bias_ids, bias_values, early_values, muted_until, only_biased,
+    BLOCK: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
-    """Bias, then penalties; the result is also left in `mine`."""
-    biases = tl.load(biased + row)
-    if biases > 0:
-        tl.store(mine + ids, x)
-        tl.debug_barrier()
-        at = tl.arange(0, BIASED)
-        token = tl.load(bias_ids + row * BIASED + at, mask=at < biases, other=-1)
-        here = (token >= tl.min(ids, 0)) & (token < tl.min(ids, 0) + BLOCK)
-        value = tl.load(bias_values + row * BIASED + at, mask=here, other=0.0)
-        tl.store(mine + token, tl.load(mine + token, mask=here, other=0.0) + value, mask=here)
-        tl.debug_barrier()
-        x = tl.load(mine + ids)
-    count = tl.load(counts + row * VOCAB + ids, mask=ids < VOCAB, other=0).to(tl.float32)
+    """The named tokens with their bias, the others as they are, or masked."""
+    tl.store(mine + ids, x)
+    tl.debug_barrier()
+    at = tl.arange(0, BIASED)
+    token = tl.load(bias_ids + row * BIASED + at, mask=at < tl.load(biased + row), other=-1)
+    here = (token >= tl.min(ids, 0)) & (token < tl.min(ids, 0) + BLOCK)
+    values = bias_values if position >= tl.load(muted_until + row) else early_values
+    named = tl.load(mine + token, mask=here, other=0.0) + tl.load(values + row * BIASED + at, mask=here, other=0.0)
+    tl.debug_barrier()
+    tl.store(mine + ids, tl.where(tl.load(only_biased + row) > 0, float("-inf"), x))
+    tl.debug_barrier()
+    tl.store(mine + token, named, mask=here)
+    tl.debug_barrier()
+    return tl.load(mine + ids)
+
+
+@triton.jit
+def _without_bad_words(
+    x, ids, row, mine, words, bad_tokens, said,
+    BLOCK: tl.constexpr, BAD_WORDS: tl.constexpr, BAD_WORD_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """The last tokens of words whose others were just said are masked."""
+    tl.store(mine + ids, x)
+    tl.debug_barrier()
+    at = tl.arange(0, BAD_WORDS)
+    mine_of = bad_tokens + row * BAD_WORD_TOKENS * BAD_WORDS + at
+    token = tl.load(mine_of, mask=at < words, other=-1)
+    ends = (token >= tl.min(ids, 0)) & (token < tl.min(ids, 0) + BLOCK)
+    for back in range(1, BAD_WORD_TOKENS):
+        before = tl.load(mine_of + back * BAD_WORDS, mask=at < words, other=-1)
+        ends &= (before == -1) | (before == tl.load(said + row * BAD_WORD_TOKENS + back - 1))
+    tl.store(mine + token, tl.full((BAD_WORDS,), float("-inf"), tl.float32), mask=ends)
+    tl.debug_barrier()
+    return tl.load(mine + ids)
+
+
+@triton.jit
+def _adjust(
+    x, ids, row, mine, position, frequency_penalty, presence_penalty, repetition_penalty,
+    biased, bias_ids, bias_values, early_values, muted_until, only_biased, bad_words, bad_tokens, said, counts,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr,
+    BAD_WORDS: tl.constexpr, BAD_WORD_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Bias and masks, then penalties; the result is also left in `mine`."""
+    if (tl.load(biased + row) > 0) | (tl.load(only_biased + row) > 0):
+        x = _bias(
+            x, ids, row, mine, position, biased, bias_ids, bias_values, early_values, muted_until, only_biased,
+            BLOCK, BIASED,
+        )  # fmt: skip
+    words = tl.load(bad_words + row)
+    if words > 0:
+        x = _without_bad_words(x, ids, row, mine, words, bad_tokens, said, BLOCK, BAD_WORDS, BAD_WORD_TOKENS)
+    counted = tl.load(counts + row * VOCAB + ids, mask=ids < VOCAB, other=0).to(tl.int32)
+    penalty = tl.load(repetition_penalty + row)
+    repeated = tl.where(x > 0, x * (1.0 / penalty), x * penalty)
+    x = tl.where(counted != 0, repeated, x)
+    count = _times(counted).to(tl.float32)
     x = x - tl.load(frequency_penalty + row) * count
     x = tl.where(count > 0, x - tl.load(presence_penalty + row), x)
     tl.store(mine + ids, x)
@@ -156,12 +225,14 @@ def _adjust(
 
 
 # the columns of a batch may begin anywhere in their buffers, and must not be compiled for again
-@triton.jit(do_not_specialize_on_alignment=["rows"])
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
 def _survey(
-    logits, logits_stride, rows,
-    temperature, top_p, top_k, min_p, frequency_penalty, presence_penalty, biased, bias_ids, bias_values, counts,
+    logits, logits_stride, rows, positions,
+    temperature, top_p, top_k, min_p, frequency_penalty, presence_penalty, repetition_penalty,
+    biased, only_biased, bad_words, bias_ids, bias_values, early_values, muted_until, bad_tokens, said, counts,
     adjusted, highest, best, mass, group_highest,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr, BIASED: tl.constexpr,
+    BAD_WORDS: tl.constexpr, BAD_WORD_TOKENS: tl.constexpr,
 ):  # fmt: skip
     block, batch_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = tl.load(rows + batch_row).to(tl.int64)
@@ -169,11 +240,13 @@ def _survey(
         return
     ids = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + batch_row * logits_stride + ids, mask=ids < VOCAB, other=float("-inf")).to(tl.float32)
-    if _adjusts(row, frequency_penalty, presence_penalty, biased):
+    if _adjusts(row, frequency_penalty, presence_penalty, repetition_penalty, biased, only_biased, bad_words):
         mine = adjusted + batch_row * BLOCKS * BLOCK
         x = _adjust(
-            x, ids, row, mine, frequency_penalty, presence_penalty, biased, bias_ids, bias_values, counts,
-            VOCAB, BLOCK, BIASED,
+            x, ids, row, mine, tl.load(positions + batch_row),
+            frequency_penalty, presence_penalty, repetition_penalty,
+            biased, bias_ids, bias_values, early_values, muted_until, only_biased, bad_words, bad_tokens, said, counts,
+            VOCAB, BLOCK, BIASED, BAD_WORDS, BAD_WORD_TOKENS,
         )  # fmt: skip
     top = tl.max(x, 0)
     broken = tl.max((x != x).to(tl.int32), 0)
@@ -382,10 +455,12 @@ def _draw_group(
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions", "out"])
 def _choose(
     logits, logits_stride, rows, positions,
-    seed, temperature, top_p, top_k, min_p, frequency_penalty, presence_penalty, biased, counts, last_token,
+    seed, temperature, top_p, top_k, min_p, frequency_penalty, presence_penalty, repetition_penalty,
+    biased, only_biased, bad_words, said, counts, last_token,
     adjusted, highest, best, mass, group_highest, listed, out,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr,
     GROUP: tl.constexpr, PASS: tl.constexpr, GROUPS_PADDED: tl.constexpr, GRAIN: tl.constexpr,
+    BAD_WORD_TOKENS: tl.constexpr,
 ):  # fmt: skip
     batch_row = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + batch_row).to(tl.int64)
@@ -403,7 +478,7 @@ def _choose(
         return
     token = tl.min(tl.where(tops == top, ids, _NOWHERE), 0)
     if tl.load(temperature + row) > 0:
-        adjusts = _adjusts(row, frequency_penalty, presence_penalty, biased)
+        adjusts = _adjusts(row, frequency_penalty, presence_penalty, repetition_penalty, biased, only_biased, bad_words)
         per_temperature = _per_temperature(row, temperature)
         logits += batch_row * logits_stride
         adjusted += batch_row * BLOCKS * BLOCK
@@ -442,7 +517,15 @@ def _choose(
     tl.store(out + batch_row, token)
     tl.store(last_token + row, token)
     counted = counts + row * VOCAB + token
-    tl.store(counted, tl.minimum(tl.load(counted).to(tl.int32) + 1, _MOST_COUNTED).to(tl.int16))
+    count = tl.load(counted).to(tl.int32)
+    more = tl.minimum(_times(count) + 1, _MOST_COUNTED)
+    tl.store(counted, tl.where(count < 0, more + _IN_PROMPT, more).to(tl.int16))
+    if tl.load(bad_words + row) > 0:
+        back = tl.arange(0, BAD_WORD_TOKENS)
+        mine = said + row * BAD_WORD_TOKENS + back
+        older = tl.load(mine - 1, mask=back > 0, other=0)
+        tl.debug_barrier()
+        tl.store(mine, tl.where(back == 0, token, older))
 
 
 _GRAIN = {torch.float32: 1, torch.float16: 1 << 13, torch.bfloat16: 1 << 16}
@@ -463,19 +546,24 @@ def sample_rows(
         "table and workspace are of another vocabulary"
     )
     assert n <= workspace.highest.shape[0] and logits.stride(1) == 1
-    rule = (table.temperature, table.top_p, table.top_k, table.min_p, table.frequency_penalty, table.presence_penalty)
-    w = workspace
+    t, w = table, workspace
+    rule = (
+        t.temperature, t.top_p, t.top_k, t.min_p, t.frequency_penalty, t.presence_penalty, t.repetition_penalty,
+        t.biased, t.only_biased, t.bad_words,
+    )  # fmt: skip
     _survey[(blocks, n)](
-        logits, logits.stride(0), rows, *rule, table.biased, table.bias_ids, table.bias_values, table.counts,
+        logits, logits.stride(0), rows, positions, *rule,
+        t.bias_ids, t.bias_values, t.early_values, t.muted_until, t.bad_tokens, t.said, t.counts,
         w.adjusted, w.highest, w.best, w.mass, w.group_highest,
-        VOCAB=vocab, BLOCK=block, BLOCKS=blocks, GROUP=GROUP, BIASED=BIASED, num_warps=SURVEY_WARPS,
+        VOCAB=vocab, BLOCK=block, BLOCKS=blocks, GROUP=GROUP, BIASED=BIASED,
+        BAD_WORDS=BAD_WORDS, BAD_WORD_TOKENS=BAD_WORD_TOKENS, num_warps=SURVEY_WARPS,
     )  # fmt: skip
     _choose[(n,)](
-        logits, logits.stride(0), rows, positions, table.seed, *rule, table.biased, table.counts, table.last_token,
+        logits, logits.stride(0), rows, positions, t.seed, *rule, t.said, t.counts, t.last_token,
         w.adjusted, w.highest, w.best, w.mass, w.group_highest, w.listed, out,
         VOCAB=vocab, BLOCK=block, BLOCKS=blocks, BLOCKS_PADDED=triton.next_power_of_2(blocks),
         GROUP=GROUP, PASS=PASS, GROUPS_PADDED=triton.next_power_of_2(blocks * block // GROUP),
-        GRAIN=_GRAIN[logits.dtype], num_warps=CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS,
+        GRAIN=_GRAIN[logits.dtype], BAD_WORD_TOKENS=BAD_WORD_TOKENS, num_warps=CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS,
     )  # fmt: skip
 
 
@@ -485,12 +573,13 @@ def sample_rows(
 @triton.jit(do_not_specialize=["bias_width"])
 def _unpack(
     packed, count, bias_width,
-    seed, temperature, top_p, min_p, frequency_penalty, presence_penalty, top_k, biased, bias_ids, bias_values, counts,
+    seed, temperature, top_p, min_p, frequency_penalty, presence_penalty, repetition_penalty, top_k,
+    biased, bias_ids, bias_values, early_values, muted_until, only_biased, bad_words, counts,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(1) >= tl.load(count):
         return
-    mine = packed + tl.program_id(1) * (_WORDS + 2 * bias_width)
+    mine = packed + tl.program_id(1) * (_WORDS + 3 * bias_width)
     row = tl.load(mine).to(tl.int64)
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(counts + row * VOCAB + ids, tl.zeros((BLOCK,), tl.int16), mask=ids < VOCAB)
@@ -502,61 +591,122 @@ def _unpack(
         tl.store(min_p + row, tl.load(mine + 5).to(tl.float32, bitcast=True))
         tl.store(frequency_penalty + row, tl.load(mine + 6).to(tl.float32, bitcast=True))
         tl.store(presence_penalty + row, tl.load(mine + 7).to(tl.float32, bitcast=True))
-        tl.store(top_k + row, tl.load(mine + 8))
-        biases = tl.load(mine + 9)
+        tl.store(repetition_penalty + row, tl.load(mine + 8).to(tl.float32, bitcast=True))
+        tl.store(top_k + row, tl.load(mine + 9))
+        biases = tl.load(mine + 10)
         tl.store(biased + row, biases)
+        tl.store(muted_until + row, tl.load(mine + 11))
+        tl.store(only_biased + row, tl.load(mine + 12))
+        tl.store(bad_words + row, tl.load(mine + 13))
         at = tl.arange(0, BIASED)
-        token = tl.load(mine + _WORDS + at, mask=at < biases, other=0)
-        value = tl.load(mine + _WORDS + bias_width + at, mask=at < biases, other=0)
+        bias = mine + _WORDS + at
+        token = tl.load(bias, mask=at < biases, other=0)
+        value = tl.load(bias + bias_width, mask=at < biases, other=0)
+        early = tl.load(bias + 2 * bias_width, mask=at < biases, other=0)
         tl.store(bias_ids + row * BIASED + at, token, mask=at < biases)
         tl.store(bias_values + row * BIASED + at, value.to(tl.float32, bitcast=True), mask=at < biases)
+        tl.store(early_values + row * BIASED + at, early.to(tl.float32, bitcast=True), mask=at < biases)
 
 
 def take_rules(packed: Tensor, count: Tensor, most: int, table: SamplingTable, bias_width: int = 0) -> None:
     """Give rows of the table new requests, from the next `sample_rows` on; may be captured.
 
-    packed [most, RULE_WORDS + 2 · bias_width] int32, what `write_rules` wrote; of it the first `count` [1] int32 count.
+    packed [most, RULE_WORDS + 3 · bias_width] int32, what `write_rules` wrote; of it the first `count` [1] int32 count.
     """
-    _unpack[(triton.cdiv(table.vocab, BLOCK), most)](
+    t = table
+    _unpack[(triton.cdiv(t.vocab, BLOCK), most)](
         packed, count, bias_width,
-        table.seed, table.temperature, table.top_p, table.min_p, table.frequency_penalty, table.presence_penalty,
-        table.top_k, table.biased, table.bias_ids, table.bias_values, table.counts,
-        VOCAB=table.vocab, BLOCK=BLOCK, BIASED=BIASED,
+        t.seed, t.temperature, t.top_p, t.min_p, t.frequency_penalty, t.presence_penalty, t.repetition_penalty, t.top_k,
+        t.biased, t.bias_ids, t.bias_values, t.early_values, t.muted_until, t.only_biased, t.bad_words, t.counts,
+        VOCAB=t.vocab, BLOCK=BLOCK, BIASED=BIASED,
     )  # fmt: skip
 
 
 def set_rules(table: SamplingTable, rows: Sequence[int], rules: Sequence[LogitsRule]) -> None:
-    """`take_rules` of rules that may hold a bias, which is too long to travel with every step: one copy of their own
-    and one launch, no waiting.
+    """`take_rules` of rules that may name tokens, which are too many to travel with every step: copies of their own,
+    no waiting.
 
-    ValueError where a logit bias is longer than BIASED, names a token twice or one outside the vocabulary.
+    ValueError where the table has no room for what a rule names, or the vocabulary has no such token.
     """
     for rule in rules:
-        _check_bias(rule.logit_bias, table.vocab)
-    width = max((len(rule.logit_bias) for rule in rules), default=0)
-    stride = RULE_WORDS + 2 * width
+        _check_lists(rule, table.vocab)
+    biases = [_bias_of(rule) for rule in rules]
+    width = max(map(len, biases), default=0)
+    stride = RULE_WORDS + 3 * width
     packed = torch.empty(1 + len(rows) * stride, dtype=torch.int32, pin_memory=table.seed.is_cuda)
     packed[0] = len(rows)
     words = packed[1:].numpy().reshape(-1, stride)
     write_rules(words, rows, rules, table.vocab)
-    _write_bias(words, rules, width)
+    _write_biases(words, biases, width)
     # the allocator of pinned memory keeps the buffer until the copy is done
     sent = packed.to(table.seed.device, non_blocking=True)
     take_rules(sent[1:], sent, len(rows), table, width)
+    for row, rule in zip(rows, rules, strict=True):
+        _set_bad_words(table, row, rule.bad_words)
+        _set_prompt(table, row, rule.prompt)
 
 
-def _check_bias(bias: tuple[tuple[int, float], ...], vocab: int) -> None:
-    tokens = [token for token, _ in bias]
-    if len(tokens) > BIASED:
-        raise ValueError(f"logit_bias names {len(tokens)} tokens, more than {BIASED}")
-    if len(set(tokens)) < len(tokens):
+def set_generated(table: SamplingTable, row: int, rule: LogitsRule, generated: NDArray[np.int32]) -> None:
+    """What the row's request, whose rule was just set, had generated before."""
+
+    def sent(column: NDArray[np.integer], dtype: torch.dtype) -> Tensor:
+        tensor = torch.from_numpy(column).to(dtype)
+        pinned = tensor.pin_memory() if table.seed.is_cuda else tensor
+        return pinned.to(table.seed.device, non_blocking=True)
+
+    ids, times = np.unique(generated, return_counts=True)
+    times = np.minimum(times, MOST_COUNTED)
+    signed = np.where(np.isin(ids, rule.prompt), times + IN_PROMPT, times)
+    table.counts[row].index_copy_(0, sent(ids, torch.int64), sent(signed, torch.int16))
+    if rule.bad_words:
+        newest = generated[::-1][:BAD_WORD_TOKENS].copy()
+        table.said[row, : len(newest)].copy_(sent(newest, torch.int32))
+
+
+def _set_bad_words(table: SamplingTable, row: int, words: Sequence[tuple[int, ...]]) -> None:
+    if words:
+        table.said[row].fill_(-2)
+        tokens = torch.full(table.bad_tokens.shape[1:], -1, dtype=torch.int32, pin_memory=table.seed.is_cuda)
+        for i, word in enumerate(words):
+            tokens[: len(word), i] = torch.tensor(word[::-1])
+        table.bad_tokens[row].copy_(tokens, non_blocking=True)
+
+
+def _set_prompt(table: SamplingTable, row: int, prompt: Sequence[int]) -> None:
+    if prompt:
+        ids = torch.tensor(prompt)
+        ids = ids.pin_memory() if table.seed.is_cuda else ids
+        table.counts[row].index_fill_(0, ids.to(table.seed.device, non_blocking=True), IN_PROMPT)
+
+
+def _check_lists(rule: LogitsRule, vocab: int) -> None:
+    biased = [token for token, _ in rule.logit_bias]
+    if len(set(biased)) < len(biased):
         raise ValueError("logit_bias names a token twice")
-    if strange := [token for token in tokens if not 0 <= token < vocab]:
-        raise ValueError(f"logit_bias names token {strange[0]}, and the vocabulary has {vocab}")
+    if len(named := {*biased, *rule.muted}) > BIASED:
+        raise ValueError(f"logit_bias and muted name {len(named)} tokens, more than {BIASED}")
+    if len(rule.bad_words) > BAD_WORDS:
+        raise ValueError(f"{len(rule.bad_words)} bad words are more than {BAD_WORDS}")
+    if any(not 2 <= len(word) <= BAD_WORD_TOKENS for word in rule.bad_words):
+        raise ValueError(f"a bad word has 2 to {BAD_WORD_TOKENS} tokens")
+    strange = [token for token in (*named, *rule.prompt, *sum(rule.bad_words, ())) if not 0 <= token < vocab]
+    if strange:
+        raise ValueError(f"a rule names token {strange[0]}, and the vocabulary has {vocab}")
+
+
+def _bias_of(rule: LogitsRule) -> list[tuple[int, float, float]]:
+    """Tokens with what is added to their logits, and what as long as some are muted."""
+    values, muted = dict(rule.logit_bias), set(rule.muted)
+    named = [(token, value, float("-inf") if token in muted else value) for token, value in values.items()]
+    if rule.only_biased:
+        return named
+    return named + [(token, 0.0, float("-inf")) for token in muted - values.keys()]
 
 
 def write_rules(words: NDArray[np.int32], rows: Sequence[int], rules: Sequence[LogitsRule], vocab: int) -> None:
-    """Into words [rules, RULE_WORDS or more]: row, seed in two words, five floats, top-k, and no bias."""
+    """Into words [rules, RULE_WORDS or more]: row, seed in two words, six floats, top-k, no bias, when muting ends,
+    whether only biased tokens may come, and how many bad words there are.
+    """
     words[:, 0] = rows
     words[:, 1:3] = np.array([rule.seed for rule in rules], np.uint64).view(np.int32).reshape(-1, 2)
     numbers = [
@@ -566,19 +716,24 @@ def write_rules(words: NDArray[np.int32], rows: Sequence[int], rules: Sequence[L
             rule.min_p,
             rule.frequency_penalty,
             rule.presence_penalty,
+            rule.repetition_penalty,
         )
         for rule in rules
     ]
-    words[:, 3:8] = np.array(numbers, np.float32).reshape(-1, 5).view(np.int32)
-    words[:, 8] = [rule.top_k if rule.top_k < vocab else 0 for rule in rules]
-    words[:, 9] = 0
+    words[:, 3:9] = np.array(numbers, np.float32).reshape(-1, 6).view(np.int32)
+    words[:, 9] = [rule.top_k if rule.top_k < vocab else 0 for rule in rules]
+    words[:, 10] = 0
+    words[:, 11] = [rule.muted_until for rule in rules]
+    words[:, 12] = [rule.only_biased for rule in rules]
+    words[:, 13] = [len(rule.bad_words) for rule in rules]
 
 
-def _write_bias(words: NDArray[np.int32], rules: Sequence[LogitsRule], width: int) -> None:
-    """How many tokens each rule biases; behind it they, then their values."""
+def _write_biases(words: NDArray[np.int32], biases: Sequence[list[tuple[int, float, float]]], width: int) -> None:
+    """How many tokens each rule names; behind it they, then their values, then the early ones."""
     floats = words.view(np.float32)
-    words[:, 9] = [len(rule.logit_bias) for rule in rules]
-    for i, rule in enumerate(rules):
-        for j, (token, value) in enumerate(rule.logit_bias):
+    words[:, 10] = [len(bias) for bias in biases]
+    for i, bias in enumerate(biases):
+        for j, (token, value, early) in enumerate(bias):
             words[i, RULE_WORDS + j] = token
             floats[i, RULE_WORDS + width + j] = value
+            floats[i, RULE_WORDS + 2 * width + j] = early

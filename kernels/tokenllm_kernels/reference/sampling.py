@@ -24,45 +24,84 @@ class LogitsRule:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     min_p: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit), each token once
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit), each token once; -inf masks it
+    only_biased: bool = False  # tokens that logit_bias does not name are masked
+    muted: tuple[int, ...] = ()  # masked at the positions before `muted_until`
+    muted_until: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()  # of two tokens or more: the last is masked right after the others
+    repetition_penalty: float = 1.0  # divides logits above 0, multiplies those below; of generated tokens …
+    prompt: tuple[int, ...] = ()  # … and of these, which only such a rule names
 
     @property
     def penalizes(self) -> bool:
-        return self.frequency_penalty != 0 or self.presence_penalty != 0
+        return self.frequency_penalty != 0 or self.presence_penalty != 0 or self.repetition_penalty != 1
+
+    @property
+    def has_lists(self) -> bool:
+        """Whether it names tokens: it has no bound on its length then."""
+        return bool(self.logit_bias or self.only_biased or self.muted or self.bad_words or self.prompt)
+
+    @property
+    def adjusts(self) -> bool:
+        return self.penalizes or self.has_lists
 
 
 def sample(
-    logits: Tensor, rules: Sequence[LogitsRule], positions: Sequence[int], counts: Sequence[Tensor | None]
+    logits: Tensor,
+    rules: Sequence[LogitsRule],
+    positions: Sequence[int],
+    counts: Sequence[Tensor | None],
+    said: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """Choose the next token of each row: [rows] int64, or -1 where the logits hold a NaN or nothing finite.
 
     logits [rows, vocab] float32; positions: of the token to be chosen; counts: how often each token was generated
-    before, [vocab], for rows whose rule penalizes. The order: bias, penalties, temperature, top-k, top-p of what
-    top-k left, min-p. Every filter keeps the tokens from some logit up, so equal logits stay or go together; among
-    equal highest ones greedy takes the lowest id. The draw walks the kept tokens by id until their weight exceeds
-    `philox_uniform(seed, position)` of the whole, so a row's token does not depend on its neighbours.
+    before, [vocab], for rows whose rule penalizes; said: what each row generated last, for rules with bad words; none
+    where no rule has any. The order: bias, masks, penalties (repetition, frequency, presence), temperature, top-k,
+    top-p of what top-k left, min-p. Every filter keeps the tokens from some logit up, so equal logits stay or go
+    together; among equal highest ones greedy takes the lowest id. The draw walks the kept tokens by id until their
+    weight exceeds `philox_uniform(seed, position)` of the whole, so a row's token does not depend on its neighbours.
     """
     highest, chosen = logits.max(-1)
     usable = highest.isfinite()
     for row, rule in enumerate(rules):
-        if usable[row] and (rule.penalizes or rule.logit_bias or rule.temperature > 0):
-            chosen[row] = _sample_row(_adjusted(logits[row], rule, counts[row]), rule, positions[row])
+        if usable[row] and (rule.adjusts or rule.temperature > 0):
+            mine = (
+                _masked(logits[row], rule, positions[row], said[row] if said else ()) if rule.has_lists else logits[row]
+            )
+            if rule.penalizes:
+                mine = _penalized(mine, rule, counts[row])
+            chosen[row] = _sample_row(mine, rule, positions[row])
     return chosen.masked_fill_(~usable, -1)
 
 
-def _adjusted(logits: Tensor, rule: LogitsRule, counts: Tensor | None) -> Tensor:
-    if rule.logit_bias:
-        ids, values = zip(*rule.logit_bias, strict=True)
-        logits = logits.index_add(0, logits.new_tensor(ids, dtype=torch.long), logits.new_tensor(values))
-    if rule.penalizes and counts is not None:
-        logits = logits - rule.frequency_penalty * counts - rule.presence_penalty * (counts > 0)
-    return logits
+def _masked(logits: Tensor, rule: LogitsRule, position: int, said: Sequence[int]) -> Tensor:
+    """With the bias, and without what may not come here."""
+    ids = logits.new_tensor([token for token, _ in rule.logit_bias], dtype=torch.long)
+    named = logits[ids] + logits.new_tensor([value for _, value in rule.logit_bias])
+    masked = torch.full_like(logits, -math.inf) if rule.only_biased else logits.clone()
+    masked[ids] = named
+    bad = [word[-1] for word in rule.bad_words if tuple(said[1 - len(word) :]) == word[:-1]]
+    muted = rule.muted if position < rule.muted_until else ()
+    masked[[*bad, *muted]] = -math.inf
+    return masked
+
+
+def _penalized(logits: Tensor, rule: LogitsRule, counts: Tensor | None) -> Tensor:
+    assert counts is not None, "rules that penalize come with counts"
+    if rule.repetition_penalty != 1:
+        repeated = counts > 0
+        repeated[list(rule.prompt)] = True
+        penalty = torch.where(logits > 0, 1 / rule.repetition_penalty, rule.repetition_penalty)
+        logits = torch.where(repeated, logits * penalty, logits)
+    return logits - rule.frequency_penalty * counts - rule.presence_penalty * (counts > 0)
 
 
 def _sample_row(logits: Tensor, rule: LogitsRule, position: int) -> Tensor:
-    if rule.temperature == 0:
-        return logits.argmax()
-    weights = _Weights(logits.max(), max(rule.temperature, SMALLEST_TEMPERATURE))
+    highest, best = logits.max(-1)
+    if rule.temperature == 0 or not highest.isfinite():
+        return best.masked_fill(~highest.isfinite(), -1)
+    weights = _Weights(highest, max(rule.temperature, SMALLEST_TEMPERATURE))
     ids = _kept(logits, weights, rule)
     upto = weights(logits if ids is None else logits[ids]).cumsum(-1, dtype=torch.float64)
     total = float(upto[-1])

@@ -27,6 +27,8 @@ from tokenllm.messages import (
 from tokenllm.text.stream import TextStream, token_text
 from tokenllm.text.tokenizer import Decoder
 
+AT_STOP, AT_LENGTH = (1 + FINISH_REASONS.index(reason) for reason in ("stop", "length"))
+
 
 class Detokenizer:
     def __init__(self, decoder: Decoder, gateways: int) -> None:
@@ -43,12 +45,16 @@ class Detokenizer:
                 return {_slot(message.uid): message}
             case Begin():
                 assert message.uid not in self._begun, "a uid begins once"
-                self._begun[message.uid] = message, TextStream(self._decoder, message.stop)
+                telling = message.telling
+                self._begun[message.uid] = message, TextStream(self._decoder, telling.stop, telling.special_tokens)
                 return {}
             case Step():
                 return _by_gateway(self._deltas(message))
 
     def _deltas(self, step: Step) -> Iterator[Delta]:
+        for uid, logprobs in step.prompt_logprobs.items():
+            if uid in self._begun:
+                yield Delta(uid, "", 0, tuple(self._spelled(logprob) for logprob in logprobs))
         ids = np.frombuffer(step.ids, "<i4").tolist()
         end = 0
         for uid, count, finished, cached in zip(step.uids, step.counts, step.finished, step.cached_tokens, strict=True):
@@ -62,8 +68,10 @@ class Detokenizer:
         self, uid: int, ids: list[int], finished: int, cached: int, logprobs: tuple[TokenLogprob, ...]
     ) -> Delta:
         begin, stream = self._begun[uid]
+        if begin.telling.nothing:
+            ids, logprobs, finished = [], (), AT_LENGTH if finished == AT_STOP else finished
         used = stream.tokens_used
-        text = stream.push(ids)
+        text = stream.push(ids, shows_last=finished != AT_STOP)
         if finished != STILL_RUNNING and not stream.stopped:
             text += stream.finish()
         tokens = stream.tokens_used - used
@@ -71,11 +79,14 @@ class Detokenizer:
         if finished != STILL_RUNNING or stream.stopped:
             del self._begun[uid]
             finish = _last_word(begin, stream, finished, cached)
+        if begin.telling.each_token and not logprobs:
+            logprobs = tuple(TokenLogprob(id_, 0.0) for id_ in ids)
         return Delta(uid, text, tokens, tuple(self._spelled(logprob) for logprob in logprobs[:tokens]), finish)
 
     def _spelled(self, logprob: TokenLogprob) -> TokenText:
         top = tuple((*token_text(self._decoder, token), chance) for token, chance in logprob.top)
-        return TokenText(*token_text(self._decoder, logprob.token), logprob.logprob, top)
+        top_ids = tuple(token for token, _ in logprob.top)
+        return TokenText(*token_text(self._decoder, logprob.token), logprob.logprob, top, logprob.token, top_ids)
 
 
 def _last_word(begin: Begin, stream: TextStream, finished: int, cached: int) -> Finish:

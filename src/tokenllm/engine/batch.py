@@ -3,7 +3,7 @@
 in columns, so that a step costs no Python per request.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenllm.memory.token_slots import Slots
 from tokenllm_kernels import LogitsRule
 
-__all__ = ["Chunk", "Decodes", "LogitsRule", "Logprob", "Plan", "Sampled"]
+__all__ = ["Chunk", "Decodes", "Foretold", "LogitsRule", "Logprob", "Plan", "Sampled"]
 
 Column = NDArray[np.int32]
 
@@ -37,6 +37,16 @@ class Decodes:
 
 
 @dataclass(frozen=True)
+class Foretold:
+    """Tokens of a prompt whose logprobs are asked for: those that follow the chunk's tokens from `first` on."""
+
+    uid: int
+    first: int
+    tokens: Column
+    alternatives: int
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Part of a prompt, or all of it: the tokens at positions start … start + len(slots) of a row. The prompt of a
     request that was paused ends with what it had generated.
@@ -51,6 +61,7 @@ class Chunk:
     logprobs: int | None  # report the chosen tokens', and that many alternatives
     prefix: Slots = field(default_factory=_no_slots)  # of all positions before `start`, where the row has adopted some
     generated: Column = field(default_factory=_no_slots)  # ids that the request itself has generated: penalties count
+    foretold: Foretold | None = None
 
     @property
     def tokens(self) -> int:
@@ -74,6 +85,14 @@ class Plan:
     def tokens(self) -> int:
         return len(self.decodes.rows) + sum(chunk.tokens for chunk in self.chunks)
 
+    def foretold(self) -> Iterator[tuple[int, Foretold]]:
+        """What is asked of prompts, each with the place in the batch of the token that foretells the first."""
+        place = len(self.decodes.rows)
+        for chunk in self.chunks:
+            if chunk.foretold:
+                yield place + chunk.foretold.first, chunk.foretold
+            place += chunk.tokens
+
     @cached_property
     def sampling_rows(self) -> Column:
         last = [chunk.row for chunk in self.chunks if chunk.samples]
@@ -94,3 +113,4 @@ class Sampled:
 
     tokens: Column
     logprobs: Mapping[int, Logprob] = field(default_factory=dict)  # place → of a row that asked
+    foretold: Mapping[int, Sequence[tuple[int, Logprob]]] = field(default_factory=dict)  # uid → tokens of its prompt

@@ -15,15 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenllm.engine.batch import Chunk, Logprob, Plan, Sampled
+from tokenllm.engine.batch import Chunk, Foretold, Logprob, Plan, Sampled
 from tokenllm.engine.device_step import DeviceStep
 from tokenllm.engine.graphs import Graphs, StepShape
+from tokenllm.engine.runner import FORETOLD_AT_ONCE, list_logprobs
 from tokenllm.models.weights import Progress
 from tokenllm_kernels import top_logprobs
 from tokenllm_kernels.gpu.device import on_compilation
 from tokenllm_kernels.gpu.inputs import CONTEXT_ALIGNMENT, COUNTS, StepLayout
 from tokenllm_kernels.gpu.prefill_hopper import BLOCK_M
-from tokenllm_kernels.gpu.sampling import MOST_COUNTED, RULE_WORDS, set_rules, write_rules
+from tokenllm_kernels.gpu.sampling import RULE_WORDS, set_generated, set_rules, write_rules
 
 Words = NDArray[np.int32]
 
@@ -73,12 +74,22 @@ class AskedLogprobs:
 
 
 @dataclass(frozen=True)
+class AskedForetold:
+    """Of a prompt's tokens: on their way to the host."""
+
+    uid: int
+    tokens: list[int]
+    found: list[tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
 class CudaFlight:
     """A launched step."""
 
     staging: Staging
     rows: int
     logprobs: AskedLogprobs | None
+    foretold: list[AskedForetold]
 
 
 class CudaRunner:
@@ -118,13 +129,26 @@ class CudaRunner:
         staging.send(shape)
         self._adopt(plan.chunks)
         self._graphs.body(shape)
+        foretold = [self._foretell(first, asked) for first, asked in plan.foretold()]
         if shape.samples:
             self._remember([chunk for chunk in plan.chunks if chunk.samples])
             self._graphs.head(shape.samples)
             staging.fetch(self._step.tokens)
         logprobs = self._ask_logprobs(plan)
         staging.done.record()
-        return CudaFlight(staging, shape.samples, logprobs)
+        return CudaFlight(staging, shape.samples, logprobs, foretold)
+
+    def _foretell(self, first: int, asked: Foretold) -> AskedForetold:
+        """Always so many tokens at once: less memory, and no shape that would be a new one. The last may repeat."""
+        device, count = self._step.words.device, len(asked.tokens)
+        order = np.minimum(np.arange(-(-count // FORETOLD_AT_ONCE) * FORETOLD_AT_ONCE), count - 1)
+        columns = torch.from_numpy(np.stack((first + order, asked.tokens[order])).astype(np.int64))
+        columns = _pinned(columns, device).to(device, non_blocking=True)
+        found = []
+        for places, tokens in columns.split(FORETOLD_AT_ONCE, 1):
+            logprobs = top_logprobs(self._step.logits_at(places), tokens, asked.alternatives)
+            found.append(tuple(t.to("cpu", non_blocking=True) for t in logprobs))
+        return AskedForetold(asked.uid, asked.tokens.tolist(), found)
 
     def _write(self, words: Words, plan: Plan) -> StepShape:
         """The step as `StepLayout` says."""
@@ -188,20 +212,12 @@ class CudaRunner:
                 self._logprobs.pop(chunk.row, None)
             else:
                 self._logprobs[chunk.row] = chunk.logprobs
-        biased = [chunk for chunk in chunks if chunk.rule.logit_bias]
-        if biased:
-            set_rules(self._step.table, [chunk.row for chunk in biased], [chunk.rule for chunk in biased])
+        listing = [chunk for chunk in chunks if chunk.rule.has_lists]
+        if listing:
+            set_rules(self._step.table, [chunk.row for chunk in listing], [chunk.rule for chunk in listing])
         for chunk in chunks:
-            if chunk.rule.penalizes and len(chunk.generated):
-                self._count(chunk)
-
-    def _count(self, chunk: Chunk) -> None:
-        """What it had generated before it was paused; the body has just set the row's counts to zero."""
-        counts, device = self._step.table.counts, self._step.words.device
-        found, times = (torch.from_numpy(column) for column in np.unique(chunk.generated, return_counts=True))
-        ids = _pinned(found.long(), device).to(device, non_blocking=True)
-        times = _pinned(times.clamp_(max=MOST_COUNTED).to(counts.dtype), device).to(device, non_blocking=True)
-        counts[chunk.row].index_copy_(0, ids, times)
+            if chunk.rule.adjusts and len(chunk.generated):
+                set_generated(self._step.table, chunk.row, chunk.rule, chunk.generated)
 
     def _ask_logprobs(self, plan: Plan) -> AskedLogprobs | None:
         if not self._logprobs:
@@ -223,7 +239,13 @@ class CudaRunner:
     def collect(self, flight: CudaFlight) -> Sampled:
         flight.staging.wait()
         tokens = flight.staging.tokens[: flight.rows].copy()
-        return Sampled(tokens, _logprobs(flight.logprobs) if flight.logprobs else {})
+        foretold = {asked.uid: _foretold(asked) for asked in flight.foretold}
+        return Sampled(tokens, _logprobs(flight.logprobs) if flight.logprobs else {}, foretold)
+
+
+def _foretold(asked: AskedForetold) -> list[tuple[int, Logprob]]:
+    count = len(asked.tokens)
+    return list_logprobs(asked.tokens, [torch.cat(parts)[:count] for parts in zip(*asked.found, strict=True)])
 
 
 def _logprobs(asked: AskedLogprobs) -> dict[int, Logprob]:

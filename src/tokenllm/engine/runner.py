@@ -5,7 +5,7 @@ and all state belongs to that one order. What a row asks for when it samples com
 is remembered here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -15,11 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenllm.engine.batch import Chunk, Decodes, Logprob, Plan, Sampled
+from tokenllm.engine.batch import Chunk, Decodes, Foretold, Logprob, Plan, Sampled
 from tokenllm.models.decoder import Decoder
 from tokenllm_kernels import LogitsRule, attention, plan_attention, sample, top_logprobs
 
 F = TypeVar("F")
+
+FORETOLD_AT_ONCE = 32  # tokens of prompts whose logprobs are computed together
 
 
 class Runner(Protocol[F]):
@@ -57,6 +59,7 @@ class Wish:
     rule: LogitsRule
     logprobs: int | None
     counts: Tensor | None  # [vocab] how often each token was generated; for rules that penalize
+    said: list[int]  # what was generated; for rules with bad words
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Flight:
     logprobs: tuple[int | None, ...]
     tokens: Tensor  # [rows]
     logits: Tensor  # [rows, vocab]
+    foretold: dict[int, list[tuple[int, Logprob]]]
 
 
 class CpuRunner:
@@ -103,11 +107,22 @@ class CpuRunner:
         last = _last_places(plan, counts)
         x = self._decoder.hidden(self._ids(plan), positions, slots, self._kv, partial(attention, plan=attention_plan))
         logits = self._decoder.logits(x.index_select(0, last)).float()
+        foretold = dict(self._foretell(x, plan))
         self._wishes.update((chunk.row, self._wish(chunk)) for chunk in chunks if chunk.samples)
         wishes = [self._wishes[row] for row in plan.sampling_rows.tolist()]
         tokens = self._sample(logits, wishes, positions[last] + 1)
         self._last_token[plan.sampling_rows] = tokens
-        return Flight(tuple(wish.logprobs for wish in wishes), tokens, logits)
+        return Flight(tuple(wish.logprobs for wish in wishes), tokens, logits, foretold)
+
+    def _foretell(self, x: Tensor, plan: Plan) -> Iterator[tuple[int, list[tuple[int, Logprob]]]]:
+        """Of so few tokens at a time that the memory it takes is no matter."""
+        for first, foretold in plan.foretold():
+            tokens, found = torch.from_numpy(foretold.tokens.astype(np.int64)), []
+            for place in range(0, len(tokens), FORETOLD_AT_ONCE):
+                part = tokens[place : place + FORETOLD_AT_ONCE]
+                logits = self._decoder.logits(x[first + place :][: len(part)]).float()
+                found += list_logprobs(part.tolist(), top_logprobs(logits, part, foretold.alternatives))
+            yield foretold.uid, found
 
     def _ids(self, plan: Plan) -> Tensor:
         prompts = _end_to_end(*(chunk.ids for chunk in plan.chunks))
@@ -118,11 +133,15 @@ class CpuRunner:
         if chunk.rule.penalizes:
             generated = torch.from_numpy(chunk.generated.astype(np.int64))
             counts = generated.bincount(minlength=self._decoder.vocab_size).float()
-        return Wish(chunk.rule, chunk.logprobs, counts)
+        return Wish(chunk.rule, chunk.logprobs, counts, chunk.generated.tolist())
 
     def _sample(self, logits: Tensor, wishes: Sequence[Wish], positions: Tensor) -> Tensor:
         counts = [wish.counts for wish in wishes]
-        tokens = sample(logits, [wish.rule for wish in wishes], positions.tolist(), counts)
+        said = [wish.said for wish in wishes]
+        tokens = sample(logits, [wish.rule for wish in wishes], positions.tolist(), counts, said)
+        for token, wish in zip(tokens.tolist(), wishes, strict=True):
+            if wish.rule.bad_words:
+                wish.said.append(token)
         for token, count in zip(tokens, counts, strict=True):
             if count is not None:
                 count[token] += 1
@@ -130,7 +149,7 @@ class CpuRunner:
 
     @torch.inference_mode()
     def collect(self, flight: Flight) -> Sampled:
-        return Sampled(flight.tokens.numpy().astype(np.int32), _logprobs(flight))
+        return Sampled(flight.tokens.numpy().astype(np.int32), _logprobs(flight), flight.foretold)
 
 
 def _end_to_end(*parts: NDArray[np.integer]) -> Tensor:
@@ -156,11 +175,18 @@ def _logprobs(flight: Flight) -> dict[int, Logprob]:
     }
 
 
+def list_logprobs(tokens: Sequence[int], found: Sequence[Tensor]) -> list[tuple[int, Logprob]]:
+    """Of each token what `top_logprobs` found."""
+    columns = zip(tokens, *(column.tolist() for column in found), strict=True)
+    return [(token, Logprob(chosen, tuple(zip(ids, top, strict=True)))) for token, chosen, top, ids in columns]
+
+
 def warm_up(runner: Runner[Any], tokens: int, rule: LogitsRule, logprobs: int | None = None) -> None:
     """One prompt and one step after it, so that the first request finds everything prepared."""
     slots, row = np.arange(tokens, dtype=np.int32), np.zeros(1, np.int32)
     ids = np.zeros(tokens - 1, np.int32)
-    prompt = Plan(Decodes.none(), (Chunk(0, 0, slots[:-1], ids, True, rule, logprobs),))
+    foretold = Foretold(0, 0, ids[1:FORETOLD_AT_ONCE], logprobs or 0)
+    prompt = Plan(Decodes.none(), (Chunk(0, 0, slots[:-1], ids, True, rule, logprobs, foretold=foretold),))
     decode = Plan(Decodes(row, row + len(ids), slots[-1:]))
     for plan in (prompt, decode) if tokens > 1 else ():
         runner.collect(runner.launch(plan))

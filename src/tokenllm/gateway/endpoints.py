@@ -10,6 +10,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
+
+from tokenllm import __version__
 from tokenllm.gateway.chat import ChatFrames, chat_completion
 from tokenllm.gateway.completions import CompletionFrames, text_completion
 from tokenllm.gateway.gateway import Gateway, tenant_of
@@ -17,12 +19,11 @@ from tokenllm.gateway.metrics import render
 from tokenllm.gateway.patience import patience_of
 from tokenllm.gateway.reply import Head, Said, total_usage, whole
 from tokenllm.gateway.served_model import template_options
+from tokenllm.gateway.shown import Shown, shown_for
 from tokenllm.gateway.sse import EventStream, Frames
 from tokenllm.messages import Submit
-from tokenllm_schemas.responses import Health, Model, ModelList, Text, Tokens, Usage, Version
-
-from tokenllm import __version__
 from tokenllm_schemas.requests import (
+    INT32_MAX,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -30,6 +31,7 @@ from tokenllm_schemas.requests import (
     RequestBody,
     TokenizeRequest,
 )
+from tokenllm_schemas.responses import Health, Model, ModelList, Text, Tokens, Usage, Version
 
 Handler: TypeAlias = Callable[[Gateway, Request], Awaitable[ASGIApp]]
 
@@ -53,6 +55,7 @@ class Endpoint:
     body: type[RequestBody] | None = None
     answer: type[msgspec.Struct] | str | None = None  # a media type, if it is no JSON of ours; None: it only refuses
     chunk: Any = None  # the type of the events of its streams
+    done: bool = False  # streams fail with an error envelope, and end with [DONE] in any case
     errors: tuple[int, ...] = ()  # beside those of every endpoint with its method
     query: tuple["Query", ...] = ()
 
@@ -61,8 +64,8 @@ class Wording(NamedTuple):
     """How an endpoint answers."""
 
     kind: str  # what its answers' ids begin with
-    frames: Callable[[Head, int, bool], Frames]
-    whole: Callable[[Head, Sequence[Said], Usage], msgspec.Struct]
+    frames: Callable[[Head, int, bool, Shown], Frames]
+    whole: Callable[[Head, Sequence[Said], Usage, Shown], msgspec.Struct]
 
 
 CHAT = Wording("chatcmpl", ChatFrames, chat_completion)
@@ -86,8 +89,9 @@ async def chat_submits(
 
 async def chat_prompt(gateway: Gateway, body: ChatCompletionRequest) -> list[int]:
     model, max_model_len = gateway.model, gateway.ready().max_model_len
+    longest = max_model_len if body.truncate_prompt_tokens is None else INT32_MAX
     options = template_options(body)
-    return await gateway.off_loop(model.chat_prompt, body.messages, body.shown_tools(), options, max_model_len)
+    return await gateway.off_loop(model.chat_prompt, body.messages, body.shown_tools(), options, longest)
 
 
 async def completions(gateway: Gateway, request: Request) -> ASGIApp:
@@ -95,7 +99,7 @@ async def completions(gateway: Gateway, request: Request) -> ASGIApp:
     body = await gateway.read(CompletionRequest, request)
     gateway.check_queue(len(body.prompts()) * body.choices_each())
     model, max_model_len = gateway.model, gateway.ready().max_model_len
-    for text in body.prompts():
+    for text in body.prompts() if body.truncate_prompt_tokens is None else []:
         model.check_size([text] if isinstance(text, str) else [], "prompt", max_model_len)
     prompts = await gateway.off_loop(model.text_prompts, body.prompts(), "prompt")
     return await _generate(gateway, request, body, gateway.submits(body, prompts, arrived_s, tenant_of(request)), TEXT)
@@ -105,12 +109,13 @@ async def _generate(
     gateway: Gateway, request: Request, body: Generation, submits: Sequence[Submit], wording: Wording
 ) -> ASGIApp:
     head, usage_wanted, each = gateway.head(wording.kind), body.include_usage(), body.choices_each()
+    shown = shown_for(body, submits, gateway.model.tokenizer)
     if body.stream:
-        frames = wording.frames(head, len(submits), usage_wanted)
+        frames = wording.frames(head, len(submits), usage_wanted, shown)
         return EventStream(gateway.circuit, submits, frames, each, usage_wanted)
     said = await all_said(gateway, request, submits)
     usage = total_usage({one.index: one.finish for one in said if one.finish}, each)
-    return json_answer(wording.whole(head, said, usage))
+    return json_answer(wording.whole(head, said, usage, shown))
 
 
 async def all_said(gateway: Gateway, request: Request, submits: Sequence[Submit]) -> list[Said]:

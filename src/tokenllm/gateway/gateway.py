@@ -10,16 +10,18 @@ from hashlib import sha256
 from struct import pack
 from typing import ParamSpec, TypeVar
 
+from msgspec.structs import replace
 from starlette.requests import Request
 
 from tokenllm import __version__
 from tokenllm.checkpoint.description import SamplingDefaults
 from tokenllm.counters import Page, total
 from tokenllm.gateway.circuit import Circuit
+from tokenllm.gateway.masks import with_masks
 from tokenllm.gateway.reply import Head
 from tokenllm.gateway.response_store import ResponseStore
 from tokenllm.gateway.served_model import ServedModel
-from tokenllm.messages import Ready, Sampling, Submit
+from tokenllm.messages import Ready, Sampling, Submit, Telling
 from tokenllm_schemas.errors import ApiError, busy, invalid
 from tokenllm_schemas.requests import Body, Generation, parse
 
@@ -28,6 +30,7 @@ Result = TypeVar("Result")
 
 LONG_BODY = 64 * 1024  # longer ones are not parsed on the event loop
 SEED_BITS = 63
+TIERS = {"flex": -10, "priority": 10, "fast": 10}  # the others are 0
 STUCK_S = 30.0
 
 
@@ -96,17 +99,22 @@ class Gateway:
     def submits(self, body: Generation, prompts: Sequence[list[int]], arrived_s: float, tenant: str) -> list[Submit]:
         """One for each choice: those of the first prompt, then those of the second."""
         max_model_len = self.ready().max_model_len
+        prompts = [truncated(prompt, max_model_len, body) for prompt in prompts]
+        how = with_masks(sampling(body, self.model.sampling, 0), body, self.model)
+        what, priority, stop_ids = telling(body), priority_of(body), tuple(body.stop_token_ids or ())
         return [
             Submit(
                 uid=self.circuit.next_uid(),
                 prompt=pack(f"<{len(prompt)}i", *prompt),
                 max_tokens=room(len(prompt), max_model_len, body),
-                sampling=sampling(body, self.model.sampling, seed + choice),
-                stop=body.stop_strings(),
+                sampling=replace(how, seed=fitting(seed + choice)),
                 ignore_eos=bool(body.ignore_eos),
                 arrived_s=arrived_s,
                 tenant=tenant,
                 cache_salt=body.cache_salt or "",
+                priority=priority,
+                stop_ids=stop_ids,
+                telling=what,
             )
             for prompt in prompts
             for seed in [secrets.randbits(SEED_BITS) if body.seed is None else body.seed]
@@ -129,19 +137,48 @@ def room(prompt_tokens: int, max_model_len: int, body: Generation) -> int:
         message = f"{prompt_tokens} tokens are too many: the context of this model ends at {max_model_len}"
         raise invalid(body.prompt_field, message, "context_length_exceeded")
     wanted = body.token_limit()
-    return left if wanted is None else min(wanted, left)
+    return left if wanted is None else max(1, min(wanted, left))
+
+
+def truncated(prompt: list[int], max_model_len: int, body: Generation) -> list[int]:
+    """Its end, where the client allows to forget what precedes it."""
+    most = body.truncate_prompt_tokens
+    if most == -1:
+        most = max(1, max_model_len - max(1, body.token_limit() or 1))
+    return prompt if most is None else prompt[-most:]
+
+
+def telling(body: Generation) -> Telling:
+    return Telling(
+        stop=body.stop_strings(),
+        special_tokens=body.skip_special_tokens is False,
+        each_token=bool(body.return_token_ids or body.running_usage()),
+        nothing=body.token_limit() == 0,
+    )
+
+
+def priority_of(body: Generation) -> int:
+    """Higher goes first. Clients of other servers know it the other way round."""
+    return TIERS.get(body.service_tier or "", 0) - (body.priority or 0)
+
+
+def fitting(seed: int) -> int:
+    return seed & (1 << SEED_BITS) - 1
 
 
 def sampling(body: Generation, model: SamplingDefaults, seed: int) -> Sampling:
     """The client's word comes before the model's, and the model's before the usual."""
     return Sampling(
-        seed=seed & (1 << SEED_BITS) - 1,
+        seed=fitting(seed),
         temperature=_first(body.temperature, model.temperature, 1.0),
         top_p=_first(body.top_p, model.top_p, 1.0),
         top_k=max(0, _first(body.top_k, model.top_k, 0)),
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         logprobs=body.alternatives(),
+        min_p=body.min_p or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        prompt_logprobs=body.prompt_alternatives(),
     )
 
 

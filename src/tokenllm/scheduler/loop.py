@@ -92,7 +92,7 @@ class Loop(Generic[Flight]):
         self._page.add("tokenllm_generation_tokens_total", len(step.ids) // BYTES_PER_ID)
         self._page.observe("tokenllm_step_seconds", now - began)
         self._page.set("tokenllm_last_step_monotonic_seconds", now)
-        if step.uids:
+        if step.uids or step.prompt_logprobs:
             send_when_room(self._outbox, step)
 
     def _count_rare(self) -> None:

@@ -4,10 +4,10 @@ import zlib
 
 import numpy as np
 
-from tokenllm.engine.batch import Chunk, Column, LogitsRule
+from tokenllm.engine.batch import Chunk, Column, Foretold, LogitsRule
 from tokenllm.memory.prefix_tree import Node, Realm
 from tokenllm.memory.token_slots import Slots
-from tokenllm.messages import Submit
+from tokenllm.messages import Sampling, Submit
 
 APPLICATION_TOKENS = 32  # who asks alike is answered alike: a template, and the first words of instructions
 HIGHEST_PRIORITY = 100
@@ -23,15 +23,10 @@ class Request:
         self.text: Column = self.prompt  # what it reads before it decodes; after a pause also what it had generated
         self.max_tokens = submit.max_tokens
         self.ignore_eos = submit.ignore_eos
-        self.logprobs = sampling.logprobs
-        self.rule = LogitsRule(
-            seed=sampling.seed,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            frequency_penalty=sampling.frequency_penalty,
-            presence_penalty=sampling.presence_penalty,
-        )
+        self.stop_ids = frozenset(submit.stop_ids)
+        self.logprobs, self._prompt_logprobs = sampling.logprobs, sampling.prompt_logprobs
+        self._foretold = 1  # tokens of the prompt whose logprobs are told, or on their way; the first has none
+        self.rule = _rule(sampling, self.prompt)
         self.realm = Realm(submit.tenant, submit.cache_salt, submit.adapter or "", "")
         self.arrival_s = arrival_s
         self.tenant = tenant
@@ -59,9 +54,44 @@ class Request:
         """A number for how its prompt begins; -1 for one that is too short to tell."""
         return zlib.crc32(self.prompt[:APPLICATION_TOKENS].tobytes()) if len(self.prompt) >= APPLICATION_TOKENS else -1
 
+    @property
+    def adoptable(self) -> Column:
+        """What of its text may have been computed by others: not what is to foretell its prompt."""
+        foretells = self._prompt_logprobs is not None and self._foretold < len(self.prompt)
+        return self.text[: self._foretold - 1] if foretells else self.text
+
+    def _foretell(self, start: int, end: int) -> Foretold | None:
+        """What a chunk is to tell of the prompt's tokens, each once."""
+        first, last = max(self._foretold, start + 1), min(end + 1, len(self.prompt))
+        if self._prompt_logprobs is None or first >= last:
+            return None
+        self._foretold = last
+        return Foretold(self.uid, first - 1 - start, self.prompt[first:last], self._prompt_logprobs)
+
     def chunk(self, row: int, start: int, slots: Slots, prefix: Slots) -> Chunk:
         """The tokens of its text from `start` on, as many as there are slots."""
         end = start + len(slots)
         generated = self.text[len(self.prompt) :]
         samples = end == len(self.text)
-        return Chunk(row, start, slots, self.text[start:end], samples, self.rule, self.logprobs, prefix, generated)
+        ids, foretold = self.text[start:end], self._foretell(start, end)
+        return Chunk(row, start, slots, ids, samples, self.rule, self.logprobs, prefix, generated, foretold)
+
+
+def _rule(sampling: Sampling, prompt: Column) -> LogitsRule:
+    repeats = sampling.repetition_penalty != 1
+    return LogitsRule(
+        seed=sampling.seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        min_p=sampling.min_p,
+        logit_bias=sampling.logit_bias,
+        only_biased=sampling.only_biased,
+        muted=sampling.muted,
+        muted_until=len(prompt) + sampling.min_tokens if sampling.muted else 0,
+        bad_words=sampling.bad_words,
+        repetition_penalty=sampling.repetition_penalty,
+        prompt=tuple(np.unique(prompt).tolist()) if repeats else (),
+    )

@@ -35,6 +35,7 @@ class Rows:
         self.generated = np.zeros(count, np.int32)  # tokens generated and known
         self.cached = np.zeros(count, np.int32)  # tokens of the prompt that somebody had computed before
         self.heeds_eos = np.zeros(count, bool)
+        self.stop_ids: dict[int, frozenset[int]] = {}  # of rows that have some of their own
         self.decodes = np.zeros(count, bool)  # its text is planned to the end
         self._judged = np.zeros((3, count), np.int64)  # kind, tenant and priority
         self._arrival_s = np.zeros(count)
@@ -65,6 +66,8 @@ class Rows:
         self.sampled[row] = self.generated[row] = request.generated
         self._ids[row, : len(request.text)] = request.text
         self.heeds_eos[row], self.decodes[row] = not request.ignore_eos, False
+        if request.stop_ids:
+            self.stop_ids[row] = request.stop_ids
         self._judged[:, row] = request.kind, request.tenant, request.priority
         self._arrival_s[row] = request.arrival_s
         return row
@@ -73,6 +76,7 @@ class Rows:
         """Nobody has the row now."""
         self.uids[row], self.stays[row] = NOBODY, NO_STAY
         self.decodes[row] = False
+        self.stop_ids.pop(row, None)
         self._free.append(row)
 
     def held(self, row: int) -> Slots:

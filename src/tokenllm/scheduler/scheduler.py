@@ -106,7 +106,7 @@ class Scheduler:
         request.kind = self.router.policy.kind(request.application, request.max_tokens)
         self._requests[submit.uid] = request
         self._wait(request)
-        return Begin(submit.uid, len(request.prompt), submit.stop)
+        return Begin(submit.uid, len(request.prompt), submit.telling)
 
     def _refusal(self, submit: Submit, request: Request) -> Refused | None:
         most, longest = request.most, min(self.memory.capacity, self.rows.max_positions)
@@ -292,9 +292,9 @@ class Scheduler:
         """Adopt what others have computed of its text by now, be it in a chunk that this very step reads before."""
         prefixes, row, node = self.memory.prefixes, request.row, request.node
         assert row is not None, "who reads has a row"
-        if node and prefixes.known(request.realm, request.text[:-1]) <= self.rows.planned[row]:
+        if node and prefixes.known(request.realm, request.adoptable[:-1]) <= self.rows.planned[row]:
             return
-        match = prefixes.match(request.realm, request.text)
+        match = prefixes.match(request.realm, request.adoptable)
         prefixes.lock(match.node)
         if node:
             prefixes.unlock(node)
@@ -340,6 +340,7 @@ class Scheduler:
             finished=tuple(finished.tolist()),
             cached_tokens=cached,
             logprobs=_logprobs(planned.uids, sampled, lives) if sampled.logprobs else {},
+            prompt_logprobs=_prompt_logprobs(sampled) if sampled.foretold else {},
         )
 
     def took(self, planned: Planned, seconds: float) -> None:
@@ -357,6 +358,9 @@ class Scheduler:
         finished = at_length * np.int8(FINISHED["length"])
         is_eos = self._is_eos[np.minimum(tokens, len(self._is_eos) - 1)]
         finished[is_eos & self.rows.heeds_eos[rows]] = FINISHED["stop"]
+        if own := self.rows.stop_ids:
+            stops = [token in own.get(row, ()) for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)]
+            finished[stops] = FINISHED["stop"]
         finished[tokens < 0] = FINISHED["error"]
         return finished
 
@@ -376,6 +380,14 @@ def _logprobs(uids: Uids, sampled: Sampled, lives: NDArray[np.bool_]) -> dict[in
         if lives[place] and token >= 0:
             told[int(uids[place])] = (TokenLogprob(token, found.chosen, found.top),)
     return told
+
+
+def _prompt_logprobs(sampled: Sampled) -> dict[int, tuple[TokenLogprob, ...]]:
+    """Also of those who were paused or aborted meanwhile: nobody listens for the latter any more."""
+    return {
+        uid: tuple(TokenLogprob(token, found.chosen, found.top) for token, found in foretold)
+        for uid, foretold in sampled.foretold.items()
+    }
 
 
 def _last_words(uids: tuple[int, ...], reason: FinishReason) -> Step:

@@ -21,16 +21,23 @@ class TextStream:
 
     __slots__ = ("_held", "_leading_space", "_pending", "_pieces", "_stop", "stopped", "tokens_used")
 
-    def __init__(self, decoder: Decoder, stop: Iterable[str] = ()):
+    def __init__(self, decoder: Decoder, stop: Iterable[str] = (), special_tokens: bool = False):
         self.stopped, self.tokens_used = False, 0
-        self._pieces = decoder.shown_pieces
+        self._pieces = decoder.pieces if special_tokens else decoder.shown_pieces
         self._leading_space = decoder.leading_space  # still to be dropped
         self._pending = b""  # the beginning of a character
         self._stop = tuple(one for one in stop if one)
         self._held = ""  # may be the beginning of a stop string
 
-    def push(self, ids: Sequence[int]) -> str:
-        """The text that these ids make safe to show. Once stopped, nothing changes any more."""
+    def push(self, ids: Sequence[int], shows_last: bool = True) -> str:
+        """The text that these ids make safe to show. Once stopped, nothing changes any more.
+
+        A last one that does not show is one that ends the completion, whatever its text.
+        """
+        if ids and not shows_last:
+            text = self.push(ids[:-1])
+            self.tokens_used += not self.stopped
+            return text
         if self._stop:
             return "".join([self._push_one(id_) for id_ in ids if not self.stopped])
         self.tokens_used += len(ids)
