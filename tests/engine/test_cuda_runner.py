@@ -21,6 +21,7 @@ from tokenllm.routing.columns import Columns
 from tokenllm.routing.conservative import WorstCase
 from tokenllm.routing.first_come import FirstCome, Policy
 from tokenllm.routing.router import Router
+from tokenllm.scheduler import prefixes, rows
 from tokenllm.scheduler.scheduler import Scheduler
 from tokenllm_kernels import Linear, kernels_for, prepare_linear, rope_table
 
@@ -151,6 +152,23 @@ def test_it_says_what_the_cpu_says(qk_norm: bool, heads: int, kv_heads: int) -> 
     for uid, tokens in expected.items():
         assert [t.token for t in said[uid]] == [t.token for t in tokens], f"request {uid}"
         assert np.allclose([t.logprob for t in said[uid]], [t.logprob for t in tokens], atol=1e-4)
+
+
+def test_what_requests_share_may_be_read_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here prefixes are short: any that two decodes share is read so."""
+    monkeypatch.setattr(prefixes, "LEAST_SAVED", 1)
+    monkeypatch.setattr(prefixes, "PROBES", [1, 2, 4])
+    monkeypatch.setattr(rows, "PROBES", [1, 2, 4])
+    sent: list[int] = []
+    send = CudaRunner._send_prefixes
+
+    def noting(self: CudaRunner, shared: tuple[Any, ...], words: torch.Tensor) -> None:
+        sent.append(sum(len(prefix.members) for prefix in shared))
+        send(self, shared, words)
+
+    monkeypatch.setattr(CudaRunner, "_send_prefixes", noting)
+    test_it_says_what_the_cpu_says(False, 4, 2)
+    assert max(sent) >= 2 and 0 in sent
 
 
 def test_who_is_paused_is_told_the_same() -> None:

@@ -108,6 +108,8 @@ class PrefixPartials:
 
     def splits(self, groups: Sequence[tuple[int, int, Words]], kv_heads: int) -> int:
         """So many that the GPU is busy and the partials have room."""
+        if not groups:
+            return 1
         members = sum(len(decodes) for _, _, decodes in groups)
         blocks = sum(triton.cdiv(len(decodes), self.layout.members_each) for _, _, decodes in groups)
         wanted = PROGRAMS_PER_PROCESSOR * multiprocessors(self.words.device) // (blocks * kv_heads)

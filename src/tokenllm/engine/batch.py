@@ -23,12 +23,22 @@ def _no_slots() -> Slots:
 
 
 @dataclass(frozen=True)
+class SharedPrefix:
+    """Decodes whose first tokens lie in the same slots: whoever executes the step may read these once for all."""
+
+    row: int  # of one of them
+    tokens: int
+    members: Column  # places among the decodes, two at least
+
+
+@dataclass(frozen=True)
 class Decodes:
     """One more token for each of these rows: the one the row sampled last, which only the device may know yet."""
 
     rows: Column
     positions: Column  # of that token
     slots: Slots  # where its K and V go
+    prefixes: tuple[SharedPrefix, ...] = ()  # the same object as long as the rows are the same
 
     @classmethod
     def none(cls) -> "Decodes":

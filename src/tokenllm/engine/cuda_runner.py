@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenllm.engine.batch import Chunk, Foretold, Logprob, Plan, Sampled
+from tokenllm.engine.batch import Chunk, Foretold, Logprob, Plan, Sampled, SharedPrefix
 from tokenllm.engine.device_step import DeviceStep
 from tokenllm.engine.graphs import Graphs, StepShape
 from tokenllm.engine.runner import FORETOLD_AT_ONCE, list_logprobs
@@ -24,6 +24,7 @@ from tokenllm_kernels import top_logprobs
 from tokenllm_kernels.gpu.device import on_compilation
 from tokenllm_kernels.gpu.inputs import CONTEXT_ALIGNMENT, COUNTS, StepLayout
 from tokenllm_kernels.gpu.prefill_hopper import BLOCK_M
+from tokenllm_kernels.gpu.shared_prefix import write_prefixes
 from tokenllm_kernels.gpu.sampling import RULE_WORDS, set_generated, set_rules, write_rules
 
 Words = NDArray[np.int32]
@@ -34,11 +35,12 @@ LOGPROB_ROWS = 32
 class Staging:
     """Pinned memory of one step in flight, whose words go to `target`. What a step slices is sliced once, here."""
 
-    def __init__(self, layout: StepLayout, target: Tensor) -> None:
+    def __init__(self, layout: StepLayout, target: Tensor, prefix_words: int) -> None:
         device, self._layout, self._target = target.device, layout, target
         self._words, self._tokens = (
             _pinned(torch.zeros(n, dtype=torch.int32), device) for n in (layout.words, layout.rows)
         )
+        self.prefixes = _pinned(torch.zeros(prefix_words, dtype=torch.int32), device)
         self.words, self.tokens = self._words.numpy(), self._tokens.numpy()
         self._decodes, self._target_decodes = (w[: layout.chunk_columns] for w in (self._words, target))
         self.done = torch.get_device_module(device).Event()
@@ -100,7 +102,9 @@ class CudaRunner:
     def __init__(self, step: DeviceStep, kv: Sequence[Tensor], progress: Progress) -> None:
         self.compilations = 0  # kernels that a request had to wait for
         self._step, self._layout = step, step.layout
-        self._stagings = [Staging(step.layout, step.words) for _ in range(self.ahead + 1)]
+        prefix_words = step.prefixes.layout.words
+        self._stagings = [Staging(step.layout, step.words, prefix_words) for _ in range(self.ahead + 1)]
+        self._prefixes: tuple[SharedPrefix, ...] = ()  # that the device knows of
         self._logprobs: dict[int, int] = {}  # row → alternatives, of rows that asked
         with torch.inference_mode():
             self._graphs = Graphs(step, kv, progress)
@@ -111,7 +115,7 @@ class CudaRunner:
 
     @property
     def most_context_tokens(self) -> int:
-        return self._step.limits.positions + self._step.limits.prompt_tokens
+        return self._step.limits.context_tokens
 
     def count_compilations(self) -> None:
         """All is warm: whatever is compiled from now on, somebody waits for."""
@@ -127,6 +131,8 @@ class CudaRunner:
         self._stagings.append(staging)
         shape = self._write(staging.words, plan)
         staging.send(shape)
+        if plan.decodes.prefixes is not self._prefixes:
+            self._send_prefixes(plan.decodes.prefixes, staging.prefixes)
         self._adopt(plan.chunks)
         self._graphs.body(shape)
         foretold = [self._foretell(first, asked) for first, asked in plan.foretold()]
@@ -150,6 +156,13 @@ class CudaRunner:
             found.append(tuple(t.to("cpu", non_blocking=True) for t in logprobs))
         return AskedForetold(asked.uid, asked.tokens.tolist(), found)
 
+    def _send_prefixes(self, prefixes: tuple[SharedPrefix, ...], words: Tensor) -> None:
+        partials, kv_heads = self._step.prefixes, self._step.decoder.kv_heads
+        groups = [(prefix.row, prefix.tokens, prefix.members) for prefix in prefixes]
+        write_prefixes(words.numpy(), partials.layout, groups, partials.splits(groups, kv_heads))
+        partials.words.copy_(words, non_blocking=True)
+        self._prefixes = prefixes
+
     def _write(self, words: Words, plan: Plan) -> StepShape:
         """The step as `StepLayout` says."""
         decodes, n, rows = plan.decodes, len(plan.decodes.rows), self._layout.rows
@@ -159,7 +172,7 @@ class CudaRunner:
         words[0] = n
         words[1:4] = 0
         if not plan.chunks:
-            return StepShape(n, n, 0, 0)
+            return StepShape(n, n, 0, 0, shares=bool(decodes.prefixes))
         contexts = self._write_chunks(words, plan.chunks, n)
         samples = n + self._write_last_chunks(words, plan.chunks, n)
         words[1:4] = plan.tokens - n, contexts, samples - n

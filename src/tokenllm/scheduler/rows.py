@@ -6,9 +6,10 @@ from its admission to its end, or until it is paused.
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenllm.engine.batch import Column, Decodes
+from tokenllm.engine.batch import Column, Decodes, SharedPrefix
 from tokenllm.memory.token_slots import Slots
 from tokenllm.routing.columns import Columns, Ints
+from tokenllm.scheduler.prefixes import PROBES, shared_prefixes
 from tokenllm.scheduler.request import Request
 
 Uids = NDArray[np.uint64]
@@ -34,6 +35,7 @@ class Rows:
         self.sampled = np.zeros(count, np.int32)  # tokens generated, or on their way
         self.generated = np.zeros(count, np.int32)  # tokens generated and known
         self.cached = np.zeros(count, np.int32)  # tokens of the prompt that somebody had computed before
+        self.adopted = np.zeros(count, np.int32)  # of its first tokens, those that it has not computed itself
         self.heeds_eos = np.zeros(count, bool)
         self.stop_ids: dict[int, frozenset[int]] = {}  # of rows that have some of their own
         self.decodes = np.zeros(count, bool)  # its text is planned to the end
@@ -43,6 +45,8 @@ class Rows:
         self._ids = np.empty((count, max_positions + 1), np.int32)  # of each position, as far as known
         self._free = list(range(count))[::-1]
         self._admissions = 0
+        self._sharing_stays = np.empty(0, np.int64)  # of the rows that decoded last, who share these:
+        self._prefixes: tuple[SharedPrefix, ...] = ()
 
     @property
     def free(self) -> int:
@@ -62,7 +66,7 @@ class Rows:
             len(request.text),
             request.max_tokens,
         )
-        self.planned[row], self.cached[row] = 0, request.cached
+        self.planned[row], self.cached[row], self.adopted[row] = 0, request.cached, 0
         self.sampled[row] = self.generated[row] = request.generated
         self._ids[row, : len(request.text)] = request.text
         self.heeds_eos[row], self.decodes[row] = not request.ignore_eos, False
@@ -90,7 +94,7 @@ class Rows:
         """
         start = int(self.planned[row])
         self._slots[row, start : len(slots)] = slots[start:]
-        self.planned[row] = len(slots)
+        self.planned[row] = self.adopted[row] = len(slots)
         return len(slots) - start
 
     def learn(self, rows: Column, tokens: Column) -> None:
@@ -129,11 +133,22 @@ class Rows:
 
     def decode(self, rows: Places, slots: Slots) -> Decodes:
         """Plan one more token for each of these rows."""
+        prefixes = self._shared_by(rows)
         positions = self.planned[rows]
         self._slots[rows, positions] = slots
         self.planned[rows] = positions + 1
         self.sampled[rows] += 1
-        return Decodes(rows.astype(np.int32), positions, slots)
+        return Decodes(rows.astype(np.int32), positions, slots, prefixes)
+
+    def _shared_by(self, rows: Places) -> tuple[SharedPrefix, ...]:
+        """What the rows share: looked for when they are others than at the last step."""
+        stays = self.stays[rows]
+        if self.adopted[rows].max(initial=0) < PROBES[0]:
+            return ()
+        if not np.array_equal(stays, self._sharing_stays):
+            self._sharing_stays = stays
+            self._prefixes = shared_prefixes(self._slots, rows, self.planned[rows])
+        return self._prefixes
 
     def read(self, row: int, slots: Slots) -> int:
         """Plan as many tokens of the row's text as there are slots. Returns the position of the first."""
