@@ -224,7 +224,7 @@ def _paths() -> list[tuple[str, str]]:
 
 
 FIELDS = sorted({*ChatCompletionRequest.model_fields} - {"stream"})
-OPEN = {"/health/live", "/health/ready"}
+OPEN = {"/health/live", "/health/ready", "/docs"}
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_every_path_but_health_needs_the_key(keyed: GatewayUnderTest, method: st
                 headers["authorization"] = authorization
             answer = fetch(method, keyed.url + path, headers=headers)
             assert answer.status_code == (200 if path in OPEN else 401)
-            assert path in OPEN or answer.json()["error"]["code"] == "invalid_api_key"
+            assert path in OPEN or answer.json()["error"]["type"] == "authentication_error"
     let_in = fetch(method, keyed.url + path, headers={"authorization": "Bearer the-key"}, json={})
     assert let_in.status_code in (200, 400, 404, 405)
 
@@ -336,11 +336,23 @@ def test_a_body_that_never_ends_is_cut(gateway: GatewayUnderTest) -> None:
     assert answer.startswith(b"HTTP/1.1 413 ") and b'"request_too_large"' in answer
 
 
+AS_JSON = "Content-Type: application/json\r\n"
+POST_TOKENIZE = "POST /tokenize HTTP/1.1\r\nHost: x\r\n"
+
+
 @pytest.mark.parametrize(
     ("head", "status"),
     [
         (b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}", b"415"),
         (b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", b"415"),
+        (f"{POST_TOKENIZE}Content-Type: application/jsonp\r\nContent-Length: 2\r\n\r\n{{}}".encode(), b"415"),
+        (f"{POST_TOKENIZE}{AS_JSON}Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{{}}".encode(), b"415"),
+        (
+            f"{POST_TOKENIZE}Content-Type: Application/JSON; charset=utf-8\r\nContent-Length: 2\r\n\r\n{{}}".encode(),
+            b"400",
+        ),
+        (b"POST /version HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", b"405"),
+        (b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", b"404"),
         (
             b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",

@@ -10,9 +10,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenllm.gateway import anthropic, endpoints
 from tokenllm.gateway.docs import CONTENT_SECURITY_POLICY, PAGE
-from tokenllm.gateway.endpoints import Endpoint, Handler
+from tokenllm.gateway.endpoints import Endpoint
 from tokenllm.gateway.gateway import Gateway
-from tokenllm.gateway.guard import DOCS_PATH, Guard, wrong_method
+from tokenllm.gateway.guard import DOCS_PATH, Guard, check_json, wrong_method
 from tokenllm.gateway.openapi import document
 from tokenllm.gateway.response_endpoints import RESPONSE_ENDPOINTS
 from tokenllm_schemas.anthropic import AnthropicMessage, CountTokensRequest, MessagesRequest, TokenCountAnswer
@@ -53,6 +53,7 @@ ENDPOINTS = (
         ChatCompletionRequest,
         ChatCompletion,
         ChatChunk,
+        done=True,
         errors=(404, 429),
     ),
     Endpoint(
@@ -63,6 +64,7 @@ ENDPOINTS = (
         CompletionRequest,
         TextCompletion,
         TextCompletion,
+        done=True,
         errors=(404, 429),
     ),
     *RESPONSE_ENDPOINTS,
@@ -113,15 +115,18 @@ class _Answering:
     """The endpoints of one path as an ASGI application: errors are left to the guard."""
 
     def __init__(self, endpoints: Iterable[Endpoint], gateway: Gateway) -> None:
-        self._handlers: dict[str, Handler] = {endpoint.method: endpoint.handler for endpoint in endpoints}
-        if "GET" in self._handlers:
-            self._handlers["HEAD"] = self._handlers["GET"]
+        self._endpoints: dict[str, Endpoint] = {endpoint.method: endpoint for endpoint in endpoints}
+        if "GET" in self._endpoints:
+            self._endpoints["HEAD"] = self._endpoints["GET"]
         self._gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] not in self._handlers:
-            raise wrong_method(scope["method"], self._handlers)
-        answer = await self._handlers[scope["method"]](self._gateway, Request(scope, receive))
+        if scope["method"] not in self._endpoints:
+            raise wrong_method(scope["method"], self._endpoints)
+        endpoint = self._endpoints[scope["method"]]
+        if endpoint.body:
+            check_json(scope)
+        answer = await endpoint.handler(self._gateway, Request(scope, receive))
         await answer(scope, receive, send)
 
 

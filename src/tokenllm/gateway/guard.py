@@ -101,8 +101,6 @@ class Guard:
             raise wrong_method(scope["method"], METHODS)
         if self.draining and (scope["method"] == "POST" or scope["path"] == READY_PATH):
             raise busy("the server is shutting down", "draining")
-        if scope["method"] == "POST":
-            self._check_post(exchange)
 
     def _hold(self, size: int) -> None:
         if self._body_bytes + size > MOST_BODY_BYTES:
@@ -115,12 +113,6 @@ class Guard:
         digests = [sha256(key).digest() for key in exchange.offered_keys()]
         fits = [hmac.compare_digest(one, known) for one in digests for known in self._keys]  # no early exit to time
         return any(fits)
-
-    def _check_post(self, exchange: "Exchange") -> None:
-        if not JSON.fullmatch(exchange.header(b"content-type") or b""):
-            raise ApiError(415, "send the body as 'Content-Type: application/json'", "unsupported_media_type")
-        if (encoding := exchange.header(b"content-encoding")) not in (None, b"identity"):
-            raise ApiError(415, f"content-encoding {encoding!r} is not supported", "unsupported_media_type")
 
 
 class Exchange:
@@ -146,9 +138,7 @@ class Exchange:
         self._stalling.stop()
 
     def header(self, name: bytes) -> bytes | None:
-        """The value of a header; None when it is absent, empty when it is there more than once."""
-        values = [value for key, value in self.scope["headers"] if key == name]
-        return values[0] if len(values) == 1 else b"" if values else None
+        return header(self.scope, name)
 
     def offered_keys(self) -> list[bytes]:
         """What is offered as an API key: OpenAI's clients send it in one header, Anthropic's in another."""
@@ -266,6 +256,20 @@ class Exchange:
     def _own_headers(self) -> list[tuple[bytes, bytes]]:
         closing = [(b"connection", b"close")] if self._closing else []
         return [(b"x-request-id", self._id), *closing]
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    """The value of a header; None when it is absent, empty when it is there more than once."""
+    values = [value for key, value in scope["headers"] if key == name]
+    return values[0] if len(values) == 1 else b"" if values else None
+
+
+def check_json(scope: Scope) -> None:
+    """For operations that read a body."""
+    if not JSON.fullmatch(header(scope, b"content-type") or b""):
+        raise ApiError(415, "send the body as 'Content-Type: application/json'", "unsupported_media_type")
+    if (encoding := header(scope, b"content-encoding")) not in (None, b"identity"):
+        raise ApiError(415, f"content-encoding {encoding!r} is not supported", "unsupported_media_type")
 
 
 def _too_large() -> ApiError:

@@ -33,7 +33,7 @@ ERRORS = {
 }
 WITH_EVERY_METHOD = {500}
 BEHIND_THE_KEY = {401, 503}
-WITH_A_BODY = {400, 408, 413, 415}
+WITH_A_BODY = {400, 408, 413}
 REQUEST_ID = {
     "description": "Of this request: the client's own, if it sent one of up to 64 letters, digits, dots, - and _.",
     "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
@@ -54,7 +54,7 @@ def document(endpoints: Sequence[Endpoint]) -> bytes:
     for endpoint in endpoints:
         paths.setdefault(_public(endpoint.path), {})[endpoint.method.lower()] = _operation(endpoint, answers)
     described = {
-        "openapi": "3.1.0",
+        "openapi": "3.2.0",
         "info": {"title": "tokenllm", "version": __version__, "description": "A server for large language models."},
         "security": [{name: []} for name in KEYS],
         "paths": paths,
@@ -84,7 +84,8 @@ def statuses(endpoint: Endpoint) -> list[int]:
     """What the operation may answer instead of what was asked for."""
     behind_the_key = BEHIND_THE_KEY if endpoint.path not in OPEN_PATHS else set()
     with_a_body = WITH_A_BODY if endpoint.method == "POST" else set()
-    return sorted({*endpoint.errors, *WITH_EVERY_METHOD, *behind_the_key, *with_a_body})
+    with_json = {415} if endpoint.body else set()
+    return sorted({*endpoint.errors, *WITH_EVERY_METHOD, *behind_the_key, *with_a_body, *with_json})
 
 
 def _public(path: str) -> str:
@@ -127,9 +128,16 @@ def _success(endpoint: Endpoint, answers: _Answers) -> Json:
     else:
         content = {"application/json": {"schema": answers.schema(endpoint.answer)}}
     if endpoint.chunk:
-        events = {"type": "string", "description": "Server-sent events; the data of each is an `x-event-schema`."}
-        content["text/event-stream"] = {"schema": events, "x-event-schema": answers.schema(endpoint.chunk)}
+        content["text/event-stream"] = {"itemSchema": _event(endpoint, answers)}
     return {"200": {"description": endpoint.summary, "headers": {"x-request-id": REQUEST_ID}, "content": content}}
+
+
+def _event(endpoint: Endpoint, answers: _Answers) -> Json:
+    """One server-sent event."""
+    kinds = [answers.schema(endpoint.chunk), *([answers.schema(ErrorEnvelope)] if endpoint.done else [])]
+    written = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
+    data = {"anyOf": [written, *([{"const": "[DONE]"}] if endpoint.done else [])]}
+    return {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data}}
 
 
 def _refusal(endpoint: Endpoint, status: int, answers: _Answers) -> Json:
