@@ -177,7 +177,7 @@ class MeteredRunner:
 
     def __init__(self, meter: Meter, runner: Runner[Any]) -> None:
         self.ahead, self.most_chunks = runner.ahead, runner.most_chunks
-        self.most_context_tokens = runner.most_context_tokens
+        self.most_context_tokens, self.filled = runner.most_context_tokens, runner.filled
         self._runner, self._meter = runner, meter
         self._launch = meter.timing("launch", runner.launch)
         self._collect = meter.timing("collect", runner.collect)

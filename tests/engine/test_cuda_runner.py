@@ -13,6 +13,7 @@ import torch
 from tokenllm.engine.cuda_runner import CudaRunner
 from tokenllm.engine.cuda_start import limits_of
 from tokenllm.engine.device_step import DeviceStep
+from tokenllm.engine.graphs import Graphs
 from tokenllm.engine.runner import CpuRunner
 from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import Sampling, Step, Submit
@@ -169,6 +170,13 @@ def test_what_requests_share_may_be_read_once_for_all(monkeypatch: pytest.Monkey
     monkeypatch.setattr(CudaRunner, "_send_prefixes", noting)
     test_it_says_what_the_cpu_says(False, 4, 2)
     assert max(sent) >= 2 and 0 in sent
+
+
+def test_a_step_reads_as_much_as_fills_a_graph() -> None:
+    graphs = Graphs.__new__(Graphs)
+    graphs._mixed_sizes = [64, 128, 256]
+    asked = {(0, 64): 64, (30, 50): 34, (60, 70): 68, (100, 20): 20, (100, 56): 28, (100, 57): 57, (0, 40): 40}
+    assert {case: graphs.filled(*case) for case in asked} == asked
 
 
 def test_who_is_paused_is_told_the_same() -> None:

@@ -117,6 +117,9 @@ class CudaRunner:
     def most_context_tokens(self) -> int:
         return self._step.limits.context_tokens
 
+    def filled(self, decodes: int, prompt_tokens: int) -> int:
+        return self._graphs.filled(decodes, prompt_tokens)
+
     def count_compilations(self) -> None:
         """All is warm: whatever is compiled from now on, somebody waits for."""
 

@@ -3,7 +3,7 @@ prefixes that decodes share, and heads by number of rows. A step takes the small
 start, so no request waits for one.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -100,6 +100,11 @@ class Graphs:
             case "mixed":
                 chunks, samples = min(limits.chunks, chunks_of(size)), min(size, limits.rows)
                 self._step.body(self._kv, size, samples, chunks, gather=self._step.gathers, share=True)
+
+    def filled(self, decodes: int, prompt_tokens: int) -> int:
+        """As many as fill a graph, since padding costs as much; all of them, where that were less than half."""
+        fill = self._mixed_sizes[bisect_right(self._mixed_sizes, decodes + prompt_tokens) - 1] - decodes
+        return fill if prompt_tokens <= 2 * fill <= 2 * prompt_tokens else prompt_tokens
 
     def body(self, shape: StepShape) -> None:
         """Launch all layers of the step in `words`."""

@@ -42,6 +42,10 @@ class Runner(Protocol[F]):
         """How long the prompts that one step reads may be together, what was computed before included."""
         ...
 
+    def filled(self, decodes: int, prompt_tokens: int) -> int:
+        """Of so many prompt tokens that wait beside so many decodes, how many make a good step."""
+        ...
+
     @property
     def compilations(self) -> int:
         """Kernels compiled since the runner was warm; none, if all is well."""
@@ -72,6 +76,11 @@ class Flight:
     foretold: dict[int, list[tuple[int, Logprob]]]
 
 
+def all_of(decodes: int, prompt_tokens: int) -> int:
+    """For a runner to whom every step is as good."""
+    return prompt_tokens
+
+
 class CpuRunner:
     """One model with `slots` tokens of KV memory and `rows` requests of at most `max_positions` tokens.
 
@@ -82,6 +91,7 @@ class CpuRunner:
     ahead = 0
     most_chunks = 1 << 20
     most_context_tokens = 1 << 40
+    filled = staticmethod(all_of)
     compilations = 0
 
     def __init__(self, decoder: Decoder, slots: int, rows: int, max_positions: int) -> None:

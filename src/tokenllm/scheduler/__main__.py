@@ -70,6 +70,7 @@ def scheduler_for(config: ServeConfig, engine: Engine, lengths: Lengths) -> Sche
         prefill_chunk_tokens=engine.batch.prompt_tokens,
         most_chunks=engine.runner.most_chunks,
         most_context_tokens=engine.runner.most_context_tokens,
+        filled=engine.runner.filled,
         max_queued_requests=config.max_queued_requests,
         max_queued_tokens=config.max_queued_tokens,
         eos_ids=engine.eos_ids,

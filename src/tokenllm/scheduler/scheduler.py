@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenllm.engine.batch import Chunk, Column, Decodes, Plan, Sampled
+from tokenllm.engine.runner import all_of
 from tokenllm.memory.prefix_tree import NO_SLOTS
 from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import (
@@ -66,6 +67,7 @@ class Scheduler:
         max_queued_requests: int,
         max_queued_tokens: int,
         eos_ids: frozenset[int],
+        filled: Callable[[int, int], int] = all_of,
         pace: LearnedPace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -84,7 +86,7 @@ class Scheduler:
         self._changed = False  # somebody came or went since the router was last asked
         self._passed_over = False  # it left somebody waiting
         self._looked = 0  # place in the queue
-        self._prefill_chunk_tokens, self._most_chunks = prefill_chunk_tokens, most_chunks
+        self._prefill_chunk_tokens, self._most_chunks, self._filled = prefill_chunk_tokens, most_chunks, filled
         self._most_context_tokens = most_context_tokens
         self._max_queued = max_queued_requests, max_queued_tokens
         self._is_eos = _table_of(eos_ids)
@@ -220,7 +222,7 @@ class Scheduler:
         decodes = self._decode(np.sort(streams)[: self.memory.available])  # room may come with those who leave
         to_read = int(decision.tokens.sum()) - len(streams)
         self._admit(decision.admit)
-        planned = self._planned(decodes, tuple(self._chunks(to_read)))
+        planned = self._planned(decodes, tuple(self._chunks(self._prompt_tokens(to_read, len(decodes.rows)))))
         return planned or (self.plan() if len(decision.pause) else None)
 
     def _shared(self, rows: Places) -> Ints:
@@ -258,10 +260,14 @@ class Scheduler:
     def _decode(self, rows: Places) -> Decodes:
         return self.rows.decode(rows, self.memory.take(len(rows)))
 
+    def _prompt_tokens(self, wanted: int, decodes: int) -> int:
+        """How many a step reads: with the decodes no more than a step without any, but at least a quarter of that."""
+        most = self._prefill_chunk_tokens
+        return self._filled(decodes, min(wanted, max(most - decodes, most // 4, 1)))
+
     def _chunks(self, budget: int) -> Iterable[Chunk]:
         """The next parts of texts, in the policy's order: so many tokens, texts and contexts in one step."""
         left, context = self._most_chunks, self._most_context_tokens
-        budget = min(budget, self._prefill_chunk_tokens)
         for request in self._in_reading_order():
             row = request.row
             assert row is not None, "who reads has a row"
