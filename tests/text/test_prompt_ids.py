@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenllm.text.hiding import Hider
-from tokenllm.text.template import NONCHARACTERS, ChatTemplate, TemplateError, prompt_ids
+from tokenllm.text.hiding import Hider, Veiled
+from tokenllm.text.template import NONCHARACTERS, ChatTemplate, TemplateError, TemplateOptions, prompt_ids
 
 LITERALS = ["<|im_start|>", "<|im_end|>", "<repo_name>", "<|endoftext|>"]
 
@@ -79,6 +79,63 @@ def test_clients_make_no_control_tokens_in_a_reckless_template(default_pair, mes
     assert [id_ for id_ in ids if id_ in tokenizer.special_ids] == [start, end] * len(messages) + [start]
 
 
+# all that a client may write, and a template that writes it wherever it can
+EVERYWHERE = template_of(
+    "<|im_start|>{% for m in messages %}{% for call in m.tool_calls or [] %}<|{{ call.function.name }}|>"
+    "{% for key, value in call.function.arguments.items() %}<{{ key }}|{{ value }}>{% endfor %}{{ call.id }}"
+    "{% endfor %}{{ m.content }}<{{ m.tool_call_id }}><|{{ m.reasoning_content }}{% endfor %}"
+    "{% for tool in tools %}<|{{ tool.function.name }}|>{{ tool | tojson }}{% for key, value in "
+    "tool.function.parameters.items() %}<|{{ key }}|><{{ value }}>{% endfor %}{% endfor %}"
+    "{% for paper in documents %}<{{ paper.title }}>{{ paper.text }}{% endfor %}<{{ mood }}><|im_end|>"
+)
+text = adversarial
+call = st.fixed_dictionaries(
+    {
+        "id": text,
+        "type": st.just("function"),
+        "function": st.fixed_dictionaries({"name": text, "arguments": st.dictionaries(text, text, max_size=2)}),
+    }
+)
+turn = st.fixed_dictionaries(
+    {"role": st.sampled_from(["assistant", "tool"]), "content": text, "tool_call_id": text, "reasoning_content": text},
+    optional={"tool_calls": st.lists(call, min_size=1, max_size=2)},
+)
+tool = st.fixed_dictionaries(
+    {
+        "type": st.just("function"),
+        "function": st.fixed_dictionaries({"name": text, "parameters": st.dictionaries(text, text, max_size=2)}),
+    }
+)
+paper = st.fixed_dictionaries({"title": text, "text": text})
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    turns=st.lists(turn, min_size=1, max_size=2),
+    tools=st.lists(tool, min_size=1, max_size=2),
+    papers=st.lists(paper, min_size=1, max_size=2),
+    mood=text,
+)
+def test_nothing_that_clients_write_is_a_control_token(default_pair, turns, tools, papers, mood) -> None:
+    tokenizer = default_pair.ours
+    for one in turns:
+        for made in one.get("tool_calls", []):
+            made["function"]["arguments"] = json.dumps(made["function"]["arguments"])
+    options = TemplateOptions(documents=papers, variables={"mood": mood})
+    ids = prompt_ids(tokenizer, EVERYWHERE, turns, tools, options)
+    assert [id_ for id_ in ids if id_ in tokenizer.special_ids] == tokenizer.encode_with_specials(
+        "<|im_start|><|im_end|>"
+    )
+
+
+def test_a_message_left_open_is_hidden_too(default_pair) -> None:
+    messages = [{"role": "assistant", "content": "x <|im_end|> <|im_"}]
+    ids = prompt_ids(default_pair.ours, CHATML, messages, (), TemplateOptions(continue_final_message=True))
+    assert ids == default_pair.ours.encode_with_specials("<|im_start|>") + default_pair.ours.encode(
+        "assistant\nx <|im_end|> <|im_", first=False
+    )
+
+
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_harmless_words_get_the_ids_of_the_plain_rendering(default_pair, data: st.DataObject) -> None:
@@ -116,6 +173,15 @@ def test_hidden_words_make_no_literal_between_any_others(literals: list[str], da
         for at in range(len(whole)):
             if whole.startswith(literal, at):
                 assert not any(owners[at : at + len(literal)])
+
+
+@given(st.text("ab", max_size=3), st.text("ab", max_size=3))
+def test_veiled_words_compare_as_the_words_they_are(word: str, other: str) -> None:
+    hidden = Veiled(f"{word}*", word)
+    assert ((hidden == other), (hidden != other), (hidden < other)) == (word == other, word != other, word < other)
+    assert (other in hidden, hidden.startswith(other)) == (other in word, word.startswith(other))
+    assert (hidden.endswith(other), {hidden: 1}.get(other)) == (word.endswith(other), {word: 1}.get(other))
+    assert (f"{hidden}", json.dumps({hidden: hidden})) == (f"{word}*", json.dumps({f"{word}*": f"{word}*"}))
 
 
 def test_hiding_changes_nothing_else() -> None:

@@ -1,6 +1,7 @@
 """Templates render as transformers renders them, and refuse in words what they cannot render."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ def test_what_cannot_be_rendered_is_refused_in_words(monkeypatch: pytest.MonkeyP
     assert '"int"' in refusal(CHATML, [{"role": "user", "content": 5}])
     for wrong in ("{{ 1 // 0 }}", "{{ 'x'.encode('y') }}", "{{ [1][5:].pop() }}", "{{ '%d' % 'x' }}"):
         assert "refuses these messages" in refusal(wrong, CHATS[0])
+    with pytest.raises(TemplateError, match="no chat template"):
+        ChatTemplate({}, {}, "none").render(CHATS[0])
     monkeypatch.setattr(template_module, "LONGEST_PROMPT", 1000)
     assert "longer than 1000" in refusal("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}", CHATS[0])
 
@@ -100,6 +103,64 @@ def test_templates_stay_in_their_sandbox(source: str) -> None:
     assert refusal(source, CHATS[0])
 
 
+QUADRATIC = "{% for a in messages %}{% for b in messages %}{% if a == b and a.x %}x{% endif %}{% endfor %}{% endfor %}"
+ENDLESS = "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(64) }}"
+
+
+@pytest.mark.parametrize("source", [QUADRATIC, ENDLESS])
+def test_what_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setattr(template_module, "RENDER_S", 0.05)
+    slow = template(source)
+    began_s = time.thread_time()
+    with pytest.raises(TemplateError, match=r"takes more than 0\.05 s"):
+        slow.render([{"role": "user", "content": "x"}] * 10_000)
+    assert time.thread_time() - began_s < 1
+
+
+def test_what_clients_may_set() -> None:
+    source = "{{ bos_token }}|{{ tools }}|{{ documents }}|{{ enable_thinking }}|{{ reasoning_effort }}|{{ budget }}"
+    both = template(source)
+    given = {"bos_token": "no", "messages": [], "tools": "no", "documents": "no", "budget": 7, "range": "no"}
+    assert both.render(CHATS[0]) == "<s>|None|None|||"
+    assert both.render(CHATS[0], options=TemplateOptions(variables=given)) == "<s>|None|None|||7"
+    assert both.render(CHATS[0], options=TemplateOptions(reasoning_effort="high")) == "<s>|None|None|True|high|"
+    silent = TemplateOptions(reasoning_effort="none", variables={"reasoning_effort": "low"})
+    assert both.render(CHATS[0], options=silent) == "<s>|None|None|False|low|"
+    assert both.render(CHATS[0], [{"a": 1}], TemplateOptions(documents=[{"b": 2}])) == "<s>|[{'a': 1}]|[{'b': 2}]|||"
+
+
+def test_calls_and_contents_in_the_templates_own_way() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    objects = template("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+                       "{{ c.function.arguments.items() | list }}{% endfor %}{% endfor %}")  # fmt: skip
+    assert objects.render(messages) == "[('a', 1)]"
+    texts = template("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+                     "{{ '!' + c.function.arguments }}{% endfor %}{% endfor %}")  # fmt: skip
+    assert texts.render(messages) == '!{"a": 1}'
+    parts = template("{% for m in messages %}{% for part in m.content %}{{ part.text }}.{% endfor %}{% endfor %}")
+    assert parts.render(CHATS[0]) == "Hi."
+    broken = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a'}}]}]
+    assert template("{{ messages[0].tool_calls[0].function.arguments }}").render(broken) == '{"a'
+
+
+def test_reasoning_by_any_name() -> None:
+    source = template("{{ messages[0].reasoning_content }}{{ messages[0].thinking }}")
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        assert source.render([{"role": "assistant", "content": "", name: "why"}]) == "whywhy"
+
+
+def test_a_message_that_cannot_be_continued() -> None:
+    def refused(source: str, content: Any) -> str:
+        with pytest.raises(TemplateError) as caught:
+            template(source).render([{"role": "assistant", "content": content}], (), TemplateOptions(True, True))
+        return str(caught.value)
+
+    assert "no text to continue" in refused(CHATML, "")
+    assert "does not show" in refused("{{ messages | length }}", "x")
+    assert "does not show" in refused("{{ messages[0].content | upper }}", "x")
+
+
 def folder(path: Path, config: dict[str, Any], jinja: str = "") -> Path:
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     if jinja:
@@ -117,6 +178,11 @@ def test_where_templates_lie(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "named"}]
     folder(tmp_path, {"chat_template": named})
     assert rendered() == "named"
+    extra = tmp_path / "additional_chat_templates"
+    extra.mkdir()
+    (extra / "tool_use.jinja").write_text("tools {{ tools | length }}")
+    assert rendered() == "named"
+    assert ChatTemplate.load(tmp_path).render([], [{}]) == "tools 1"
     folder(tmp_path, {"chat_template": "config"}, "file {{ bos_token }}")
     assert rendered() == "file "
     (tmp_path / "mine.jinja").write_text("mine")

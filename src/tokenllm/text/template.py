@@ -85,7 +85,7 @@ class ChatTemplate:
             self._templates = {name: Jinja(source) for name, source in sources.items()}
         except jinja2.TemplateError as error:
             raise CheckpointError(f"{origin}: chat template: {error}") from error
-        self._dialects = {name: self._dialect(template) for name, template in self._templates.items()}
+        self._dialects = {name: self._spoken_by(template) for name, template in self._templates.items()}
 
     @classmethod
     def load(cls, path: Path, override_file: str = "") -> "ChatTemplate":
@@ -110,7 +110,7 @@ class ChatTemplate:
         name = TOOL_USE if tools and TOOL_USE in self._templates else DEFAULT
         if not (template := self._templates.get(name)):
             raise TemplateError("this model has no chat template: it completes text, but cannot chat")
-        turns = [_in_dialect(message, self._dialects[name]) for message in messages]
+        turns = [_in_dialect(message, self.dialect(name)) for message in messages]
         if not template.shows_tools:
             tools = ()
         words = {**options.variables, "documents": list(options.documents), "tools": list(tools)}
@@ -121,6 +121,10 @@ class ChatTemplate:
             return Prompt(self._rendered(template, turns, words, options), unseen)
         text, turns[-1] = _left_open(turns[-1], mark)
         return Prompt(_cut(self._rendered(template, turns, words, options), text, mark), unseen)
+
+    def dialect(self, name: str = DEFAULT) -> Dialect:
+        """How the template of that name wants what it is told."""
+        return self._dialects[name]
 
     def _rendered(
         self, template: Jinja, turns: Sequence[Message], words: Mapping[str, Any], options: TemplateOptions
@@ -148,7 +152,7 @@ class ChatTemplate:
             raise TemplateError(f"the chat template refuses these messages: {error}") from error
         return "".join(pieces)
 
-    def _dialect(self, template: Jinja) -> Dialect:
+    def _spoken_by(self, template: Jinja) -> Dialect:
         """The first way of speaking in which the template shows all that it is told; the usual one if none does."""
         typed_parts = not self._shows(template, ASKED, Dialect()) and self._shows(template, ASKED, Dialect(True))
         for argument_text, null_content in ((False, False), (False, True), (True, False), (True, True)):
