@@ -82,7 +82,6 @@ NEUTRAL = [
     ("modalities", ["text"], ["text", "audio"]),
     ("audio", None, {"voice": "alloy"}),
     ("web_search_options", None, {}),
-    ("chat_template_kwargs", {}, {"tokenize": True}),
 ]
 
 
