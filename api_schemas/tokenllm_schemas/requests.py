@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, LiteralString, TypeAlias, TypeVar, cast
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    GetPydanticSchema,
     ValidationError,
     ValidationInfo,
     WrapValidator,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core.core_schema import with_info_after_validator_function
 
 from tokenllm_schemas.errors import ApiError, invalid, unsupported
 
@@ -36,7 +37,7 @@ MAX_METADATA = 16
 USUAL_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
 
 
-def only(*harmless: object) -> AfterValidator:
+def only(*harmless: object) -> GetPydanticSchema:
     """For a field that is not honoured yet: its only accepted values are these, which ask for nothing."""
 
     def check(value: object, field: ValidationInfo) -> object:
@@ -44,7 +45,10 @@ def only(*harmless: object) -> AfterValidator:
             raise unsupported(str(field.field_name), f"{reprlib.repr(value)} is not supported by this server")
         return value
 
-    return AfterValidator(check)
+    return GetPydanticSchema(
+        lambda source, handler: with_info_after_validator_function(check, handler(source)),
+        lambda schema, handler: {"enum": [*harmless, None], "description": "Not supported yet; these ask for nothing."},
+    )
 
 
 def one_of(meaning: LiteralString) -> WrapValidator:
