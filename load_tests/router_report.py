@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENT, FRONTIER = ROOT / "docs/scheduling.md", ROOT / "docs/figures/scheduling-frontier.png"
 BEGIN, END = "<!-- table: make router-report -->", "<!-- end of table -->"
 NAMES = (*POLICIES, FIRST_COME_ORACLE, ORACLE)
-CAUTIONS = (0.5, 1.0, 1.3, 1.7, 2.0, 2.5)
+PAUSED = (0.005, 0.01, 0.025, 0.05, 0.1)
 RESERVES = (0.0, 0.03, 0.08, 0.15)
 SEED = 1
 
@@ -68,7 +68,7 @@ def rows_of(trace: str, requests: int | None) -> tuple[str, str, list[Row]]:
 
 
 def frontier_points() -> list[tuple[str, float]]:
-    return [("tokenllm", value) for value in CAUTIONS] + [("past-future", value) for value in RESERVES]
+    return [("tokenllm", value) for value in PAUSED] + [("past-future", value) for value in RESERVES]
 
 
 def point(name: str, value: float) -> tuple[str, float, float, float]:
@@ -127,7 +127,7 @@ def draw(points: list[tuple[str, float, float, float]]) -> None:
     axes.set(
         xlabel="requests paused, %",
         ylabel="memory use, %",
-        title="dist1 to dist3, by z and by reserve",
+        title="dist1 to dist3, by share allowed and by reserve",
     )
     axes.legend()
     figure.savefig(FRONTIER, dpi=110)

@@ -17,12 +17,15 @@ WINDOW = 1000  # finishes after which a sample weighs 1/e of a new one
 LEAN = 12.0  # as many samples as a parent's word counts
 PRIOR = 2.0  # the same of the guess before anything is known
 PRIOR_PACE = 0.3
+TAIL = 2.0
+MOST_ENDING = 0.5  # of those who reach a bin, as a guess
 SEEN_OFTEN = 8  # requests of an application before it has a row
 MOST_ROWS = 1024
 
 EDGES: Ints = np.unique(
     np.concatenate((np.arange(FINE + 1), FINE * 1.015 ** np.arange(1, 513), [LOOKED_UP])).astype(np.int64)
 )
+WIDTHS: Ints = np.diff(EDGES)
 BINS = len(EDGES) - 1  # bin b holds the lengths from EDGES[b] up to EDGES[b + 1]
 BIN_OF: Ints = np.searchsorted(EDGES, np.arange(LOOKED_UP), "right") - 1
 
@@ -37,8 +40,13 @@ class Lengths:
         S(b) = Π_{c<b} (1 - h(c))        h(c) = (ended in c + w·h_parent(c)) / (reached c + w)
 
     Those still running have reached their bins without ending there: a young history is not fooled by the short
-    answers that come first. The root's own parent is a guess: PRIOR_PACE of the hazard of lengths uniform up to
-    `max_tokens`, so that before anything is known nearly everybody is taken to use all of it.
+    answers that come first. The root's own parent is a guess at what lies beyond what anybody has reached:
+
+        h(c) = max(PRIOR_PACE / (max_tokens - c),  TAIL/c · tokens of answers ended before c / all tokens before c)
+
+    Before anything is known nearly everybody is taken to use all of `max_tokens`. Then answers go on ending as they
+    have so far: the second is right for the beginning of lengths that are spread evenly, bold by TAIL for a power law,
+    and cautious for whatever ends sooner.
     """
 
     def __init__(self) -> None:
@@ -106,24 +114,26 @@ class Lengths:
         hazard = self._hazard(self._ended[:rows] / self._weight, reached / self._weight)
         survival = np.ones((rows, BINS + 1))
         survival[:, 1:] = np.cumprod(1 - hazard, 1)
-        widths = np.diff(EDGES)
-        self.table = np.where(widths > 1, (survival[:, :-1] + survival[:, 1:]) / 2, survival[:, :-1])
-        self.mean = (self.table * widths).sum(1)
+        self.table = np.where(WIDTHS > 1, (survival[:, :-1] + survival[:, 1:]) / 2, survival[:, :-1])
+        self.mean = (self.table * WIDTHS).sum(1)
         self._stale = False
 
     def _hazard(self, ended: Floats, running: Floats) -> Floats:
         at_risk = (ended + running)[:, ::-1].cumsum(1)[:, ::-1]
         hazard = np.empty_like(ended)
         for row, parent in enumerate(self._parents):
-            above = hazard[parent] if parent >= 0 else self._uniform(self._longest[row])
+            above = hazard[parent] if parent >= 0 else self._guess(self._longest[row], ended[row], at_risk[row])
             weight = LEAN if parent >= 0 else PRIOR
             hazard[row] = (ended[row] + weight * above) / (at_risk[row] + weight)
         return hazard
 
     @staticmethod
-    def _uniform(longest: int) -> Floats:
-        left = np.maximum(1, longest + 1 - EDGES[:-1])
-        return np.minimum(1.0, PRIOR_PACE * np.diff(EDGES) / left)
+    def _guess(longest: int, ended: Floats, at_risk: Floats) -> Floats:
+        ends = EDGES[1:]
+        uniform = PRIOR_PACE * WIDTHS / np.maximum(1, longest + 1 - EDGES[:-1])
+        of_ended, of_all = (ended * ends).cumsum(), (at_risk * WIDTHS).cumsum() + PRIOR * ends
+        going_on = np.minimum(MOST_ENDING, TAIL * of_ended / of_all * WIDTHS / ends)
+        return np.minimum(1.0, np.maximum(uniform, going_on))
 
     def _recent(self, row: int) -> list[float]:
         return (self._ended[row] / self._weight).round(4).tolist()

@@ -1,5 +1,7 @@
 """tokenllm's own policy: memory by conditional survival, the shortest service first without letting anybody starve."""
 
+from collections import deque
+
 import numpy as np
 
 from tokenllm.routing.columns import Columns, Floats, Ints
@@ -8,11 +10,14 @@ from tokenllm.routing.order import ShortestService
 from tokenllm.routing.pace import Pace
 
 AHEAD: Ints = np.unique(np.geomspace(1, LOOKED_UP, 24).astype(np.int64)) - 1  # steps at which memory is looked at
-CAUTION = 1.7  # z, at first and at most
-BOLDEST = 0.5
-PAUSES = 0.007  # of the requests that finish: with fewer, z falls
-STEP = 0.1  # by which a pause raises z
-RELIEF_STEPS = 200  # a pause shall free what so many steps of the others take
+CAUTION = 1.6  # z at first
+BOLDEST, MOST_CAREFUL = 0.5, 2.5
+STEP = 0.03  # by which z rises when somebody is paused for the first time
+PAUSED = 0.025  # of the requests with long answers may be paused
+LONG, LEAST = 1000.0, 0.2  # of those with shorter ones in proportion, down to a fifth
+RETURN = 0.5  # of z for who was paused: to pause it again costs little
+RELIEF_STEPS = 100  # a pause shall free what so many steps of the others take
+REMEMBERED = 1024  # of those who were paused
 
 
 class TokenLLM(ShortestService):
@@ -23,14 +28,19 @@ class TokenLLM(ShortestService):
 
         mean(t) = Σ q·x        sigma(t)² = Σ q·(1 - q)·x²
 
-    S is learned (lengths.py), 0 beyond `max_tokens`. z is slowly lowered while hardly anybody has to be paused, and
-    raised by each pause: where many small requests run, little reserve is needed.
+    S is learned (lengths.py), 0 beyond `max_tokens`. z is what keeps the share of the requests that are ever paused at
+
+        PAUSED · min(1, max(LEAST, length / LONG))
+
+    by small steps: up with each of them, down with each finish. Who was paused comes back with RETURN·z, and is the
+    first to be paused again: its tokens are mostly still cached, and its reader has waited already.
     """
 
-    def __init__(self, lengths: Lengths, pace: Pace, capacity: int, caution: float = CAUTION) -> None:
+    def __init__(self, lengths: Lengths, pace: Pace, capacity: int, paused: float = PAUSED) -> None:
         super().__init__(pace, capacity)
         self.lengths = lengths
-        self._z = self._most = caution
+        self._z, self._paused = CAUTION, paused
+        self._were_paused: deque[int] = deque(maxlen=REMEMBERED)
 
     def order(self, now: float, running: Columns, waiting: Columns, most: int) -> Ints:
         self.lengths.refresh(running.kind, running.generated)
@@ -44,7 +54,8 @@ class TokenLLM(ShortestService):
         count, all_one = len(running), np.ones(len(running))
         means = all_one @ mean[:count] + mean[count:].cumsum(0)
         variances = all_one @ variance[:count] + variance[count:].cumsum(0)
-        highest = (means + self._z * np.sqrt(variances)).max(1)
+        z = np.where(candidates.generated > 0, RETURN * self._z, self._z)
+        highest = (means + z[:, None] * np.sqrt(variances)).max(1)
         return int(np.logical_and.accumulate(highest <= room).sum())
 
     def peak(self, running: Columns) -> float:
@@ -70,13 +81,17 @@ class TokenLLM(ShortestService):
         return mean, mean * (tokens - mean)
 
     def victims(self, running: Columns) -> Ints:
-        """The cheapest to compute again among those large enough to make room for a while; else the largest."""
+        """Who was paused before; then the cheapest to compute again among those large enough to make room for a while;
+        else the largest."""
+        again = np.isin(running.uid, np.array(self._were_paused, np.int64))
         held = running.held
-        return np.argsort(np.where(held >= RELIEF_STEPS * len(running), held, 1e9 - held), kind="stable")
+        return np.lexsort((np.where(held >= RELIEF_STEPS * len(running), held, 1e9 - held), ~again))
 
     def paused(self, requests: Columns) -> None:
-        self._z = min(self._most, self._z + STEP * len(requests))
+        first = [uid for uid in requests.uid.tolist() if uid not in self._were_paused]
+        self._were_paused.extend(first)
+        self._z = min(MOST_CAREFUL, self._z + STEP * len(first))
 
     def learn(self, kind: int, length: int) -> None:
-        self._z = max(min(BOLDEST, self._most), self._z - STEP * PAUSES)
+        self._z = max(BOLDEST, self._z - STEP * self._paused * min(1.0, max(LEAST, length / LONG)))
         self.lengths.learn(kind, length)

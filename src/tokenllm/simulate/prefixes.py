@@ -1,7 +1,7 @@
 """The prefix cache of the simulated server: blocks of a prompt, by the ids that the trace gives them.
 
 Equal ids are equal prefixes, so a tree is not needed. Knows for each block who holds it, and for each request what
-would come free if it left: the blocks that nobody else holds.
+would come free if it left: the blocks that nobody else holds. Keeps also what each has left behind those blocks.
 """
 
 import heapq
@@ -9,6 +9,8 @@ import heapq
 import numpy as np
 
 from tokenllm.routing.columns import Ints
+
+BEHIND = -(1 << 60)  # what a request left behind its blocks goes before them
 
 
 class Prefixes:
@@ -25,7 +27,9 @@ class Prefixes:
         self._used = np.zeros(count)
         self._leaving: list[tuple[float, int, int]] = []
         self._locked: list[Ints] = [np.zeros(0, np.int64)] * len(blocks)
-        self.sole = np.zeros(len(blocks), np.int64)  # tokens each request alone keeps locked
+        self.sole = np.zeros(len(prompts), np.int64)  # tokens each request alone keeps locked
+        self.tail = np.zeros(len(prompts), np.int64)  # tokens that it left behind its blocks when it was last there
+        self._left_s = np.zeros(len(prompts))
         self.locked_tokens = 0
         self.kept_tokens = 0
 
@@ -44,6 +48,9 @@ class Prefixes:
         blocks = blocks[fresh.cumsum() <= most]
         self.lock(request, blocks)
         return int(self._tokens[blocks].sum())
+
+    def holds_all(self, request: int) -> bool:
+        return len(self._locked[request]) == len(self._blocks[request])
 
     def lock(self, request: int, blocks: Ints) -> None:
         tokens, locks = self._tokens[blocks], self._locks[blocks]
@@ -84,12 +91,38 @@ class Prefixes:
                 heapq.heappush(self._leaving, (now, -depth, block))
         self._locked[request] = blocks[:0]
 
+    def leave(self, request: int, tokens: int, now: float) -> None:
+        """What it has computed behind its blocks is kept until the room is wanted."""
+        self.tail[request], self._left_s[request] = tokens, now
+        self.kept_tokens += tokens
+        heapq.heappush(self._leaving, (now, BEHIND, ~request))
+
+    def come_back(self, request: int) -> int:
+        """Returns the tokens that it still finds behind its blocks; they are its own again."""
+        tokens = int(self.tail[request])
+        self.tail[request] = 0
+        self.kept_tokens -= tokens
+        return tokens
+
     def evict(self, tokens: int) -> None:
-        """Forget blocks that nobody holds, the longest unused first and a prompt from its end."""
+        """Forget what nobody holds, the longest unused first: tails token by token, then whole blocks from the end."""
         while tokens > 0 and self._leaving:
-            used, _, block = heapq.heappop(self._leaving)
-            if self._locks[block] or self._used[block] != used or not self._tokens[block]:
-                continue
-            tokens -= int(self._tokens[block])
-            self.kept_tokens -= int(self._tokens[block])
-            self._tokens[block] = 0
+            used, _, name = heapq.heappop(self._leaving)
+            gone = self._forget_block(name, used) if name >= 0 else self._shorten(~name, used, tokens)
+            tokens -= gone
+            self.kept_tokens -= gone
+
+    def _shorten(self, request: int, left_s: float, tokens: int) -> int:
+        if self._left_s[request] != left_s:
+            return 0  # it has been back since
+        gone = min(tokens, int(self.tail[request]))
+        self.tail[request] -= gone
+        if self.tail[request]:
+            heapq.heappush(self._leaving, (left_s, BEHIND, ~request))
+        return gone
+
+    def _forget_block(self, block: int, used: float) -> int:
+        if self._locks[block] or self._used[block] != used:
+            return 0
+        gone, self._tokens[block] = int(self._tokens[block]), 0
+        return gone

@@ -49,7 +49,8 @@ class Server:
     ) -> None:
         count = len(workload)
         self._work, self._router, self._clock, self.capacity = workload, router, clock, capacity
-        self._prefixes = Prefixes(workload.blocks, workload.prompt, BLOCK_TOKENS) if workload.blocks else None
+        self._cache = Prefixes(workload.blocks, workload.prompt, BLOCK_TOKENS)
+        self._prefixes = self._cache if workload.blocks else None  # nothing to look for where nothing is shared
         self._kind_of = kind_of
         self._kinds = np.zeros(count, np.int64)
         self._generated = np.zeros(count, np.int64)
@@ -82,7 +83,7 @@ class Server:
 
     @property
     def _used(self) -> int:
-        return int(self._private[self._running].sum()) + (self._prefixes.locked_tokens if self._prefixes else 0)
+        return int(self._private[self._running].sum()) + self._cache.locked_tokens
 
     def _refuse(self) -> None:
         """Who cannot fit alone never waits."""
@@ -131,7 +132,7 @@ class Server:
 
     def _waiting_columns(self) -> Columns:
         who = self._waiting
-        unread = self._work.prompt[who] + self._generated[who]
+        unread = self._work.prompt[who] + self._generated[who] - self._cache.tail[who]
         if not self._prefixes:
             return self._columns(who, np.zeros(len(who), np.int64), unread)
         self._looked = (self._looked + 8) % max(1, len(who))
@@ -161,27 +162,36 @@ class Server:
         self._running = np.delete(self._running, places)
 
     def _leave(self, request: int) -> None:
+        """As in the prefix tree, what it has computed stays until the room is wanted."""
         if self._prefixes:
             self._prefixes.release(request, self._now)
+        if not self._prefixes or not self._reads[request]:
+            self._cache.leave(request, int(self._private[request]), self._now)
         self._private[request] = 0
 
     def _admit(self, places: Ints, tokens: Ints, streams: int) -> Ints:
         """Returns what they can compute: `streams` tokens are for those who run already."""
         who = self._waiting[places]
         for request in who.tolist():
-            self._unread[request] = self._work.prompt[request] + self._generated[request]
-            if self._prefixes:
-                hit = self._prefixes.lock_hit(request, self.capacity - self._used - streams)
-                # the last token of a prompt is computed whatever is cached: its logits are wanted
-                self._unread[request] = max(1, int(self._unread[request]) - hit)
+            self._find(request, self.capacity - self._used - streams - int(self._private[who].sum()))
             if self.books.pauses[request]:
-                self.books.recomputed[request] += self._unread[request]
+                self.books.recomputed[request] += self._unread[request] - 1  # the last would be computed anyway
         self._reads[who] = True
         self._running = np.concatenate((self._running, who))
         self._waiting = np.delete(self._waiting, places)
         left = self.capacity - self._used - streams
         tokens = np.minimum(tokens, self._unread[who])  # what was looked up may have been evicted since
         return np.clip(left - (tokens.cumsum() - tokens), 0, tokens)
+
+    def _find(self, request: int, room: int) -> None:
+        """What is in memory of its tokens is its own from now on; the rest it has to compute."""
+        behind, hit = self._cache.come_back(request), 0
+        if self._prefixes:
+            hit = self._prefixes.lock_hit(request, room - behind)
+            behind *= self._prefixes.holds_all(request)  # without what comes before them they are worth nothing
+        self._private[request] = behind
+        # the last token of a prompt is computed whatever is cached: its logits are wanted
+        self._unread[request] = max(1, int(self._work.prompt[request] + self._generated[request]) - hit - behind)
 
     def _step(self, tokens: Ints) -> None:
         who, unread = self._running, self._unread[self._running]
@@ -203,8 +213,7 @@ class Server:
         self.books.most_tokens = max(self.books.most_tokens, used)
         if used > self.capacity:
             raise AssertionError(f"{used} tokens in a memory of {self.capacity}: the router overcommitted a step")
-        if self._prefixes:
-            self._prefixes.evict(used + self._prefixes.kept_tokens - self.capacity)
+        self._cache.evict(used + self._cache.kept_tokens - self.capacity)
 
     def _note(self, seconds: float, steps: int) -> None:
         self.books.steps += steps
