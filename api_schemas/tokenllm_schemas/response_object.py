@@ -117,38 +117,67 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     service_tier: Literal["default"] = "default"
 
 
-class NumberedEvent(msgspec.Struct, frozen=True):
+class NumberedEvent(msgspec.Struct, frozen=True, tag_field="type"):
     """One event of a stream. Those of a stream are numbered from 0."""
 
-    type: str
     sequence_number: int | msgspec.Raw
 
 
 class ResponseEvent(NumberedEvent, frozen=True):
-    """response.created, .in_progress, .completed, .incomplete, .failed: the response as it is then."""
+    """The response as it is then."""
 
     response: Response
 
 
-class ItemEvent(NumberedEvent, frozen=True):
-    """response.output_item.added, .done"""
+class Created(ResponseEvent, frozen=True, tag="response.created"):
+    pass
 
+
+class InProgress(ResponseEvent, frozen=True, tag="response.in_progress"):
+    pass
+
+
+class Completed(ResponseEvent, frozen=True, tag="response.completed"):
+    pass
+
+
+class Incomplete(ResponseEvent, frozen=True, tag="response.incomplete"):
+    pass
+
+
+class Failed(ResponseEvent, frozen=True, tag="response.failed"):
+    pass
+
+
+class ItemEvent(NumberedEvent, frozen=True):
     item: OutputMessage
     output_index: int = 0
 
 
-class PartEvent(NumberedEvent, frozen=True):
-    """response.content_part.added, .done"""
+class ItemAdded(ItemEvent, frozen=True, tag="response.output_item.added"):
+    pass
 
+
+class ItemDone(ItemEvent, frozen=True, tag="response.output_item.done"):
+    pass
+
+
+class PartEvent(NumberedEvent, frozen=True):
     item_id: str
     part: OutputText
     output_index: int = 0
     content_index: int = 0
 
 
-class TextDeltaEvent(NumberedEvent, frozen=True):
-    """response.output_text.delta"""
+class PartAdded(PartEvent, frozen=True, tag="response.content_part.added"):
+    pass
 
+
+class PartDone(PartEvent, frozen=True, tag="response.content_part.done"):
+    pass
+
+
+class TextDelta(NumberedEvent, frozen=True, tag="response.output_text.delta"):
     item_id: str
     delta: str | msgspec.Raw
     logprobs: list[ChatTokenLogprob] | msgspec.Raw
@@ -156,9 +185,7 @@ class TextDeltaEvent(NumberedEvent, frozen=True):
     content_index: int = 0
 
 
-class TextDoneEvent(NumberedEvent, frozen=True):
-    """response.output_text.done"""
-
+class TextDone(NumberedEvent, frozen=True, tag="response.output_text.done"):
     item_id: str
     text: str
     logprobs: list[ChatTokenLogprob]
@@ -166,12 +193,28 @@ class TextDoneEvent(NumberedEvent, frozen=True):
     content_index: int = 0
 
 
-class ErrorEvent(NumberedEvent, frozen=True):
-    """error: the stream goes on with response.failed, and ends."""
+class StreamError(NumberedEvent, frozen=True, tag="error"):
+    """The stream goes on with response.failed, and ends."""
 
     code: str
     message: str
     param: str | None
+
+
+AnyEvent: TypeAlias = (
+    Created
+    | InProgress
+    | ItemAdded
+    | PartAdded
+    | TextDelta
+    | TextDone
+    | PartDone
+    | ItemDone
+    | Completed
+    | Incomplete
+    | StreamError
+    | Failed
+)
 
 
 class DeletedResponse(msgspec.Struct, frozen=True):

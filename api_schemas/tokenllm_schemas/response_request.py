@@ -11,18 +11,24 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from tokenllm_schemas.errors import invalid, unsupported
-from tokenllm_schemas.requests import Logprobs, RequestBody, Temperature, TokenCount, TopP, only
+from tokenllm_schemas.requests import (
+    MAX_FUNCTION_NAME,
+    MAX_TOOLS,
+    Logprobs,
+    Metadata,
+    RequestBody,
+    Temperature,
+    TokenCount,
+    TopP,
+    only,
+)
 
 MAX_ITEMS = 10_000
-MAX_TOOLS = 128
 LOGPROBS_INCLUDED = "message.output_text.logprobs"
 TEXT_PARTS = {"input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text"}
 
 Id: TypeAlias = Annotated[str, Field(min_length=1, max_length=128)]
 Status: TypeAlias = Literal["in_progress", "completed", "incomplete"]
-Metadata: TypeAlias = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-]
 
 
 def _string_or_list(value: Any) -> str:
@@ -142,7 +148,7 @@ class FunctionTool(RequestBody):
     """Its name, purpose and parameters stand here, and not one level below as in chat completions."""
 
     type: Any
-    name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    name: Annotated[str, Field(min_length=1, max_length=MAX_FUNCTION_NAME)] | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = Field(default=None, description="A JSON schema.")
     strict: bool | None = None

@@ -133,3 +133,18 @@ def test_a_response_that_cannot_be_written_is_not_kept(
     assert not asyncio.run(store.keep("resp_1", "", Stored(b"{}", b"[]")))
     assert "could not be stored" in capsys.readouterr().err
     assert asyncio.run(store.find("resp_1", "")) is None
+
+
+def test_a_response_is_there_until_its_time_is_over(tmp_path: Path) -> None:
+    create_store(tmp_path / "responses")
+    clock = Clock()
+    store = ResponseStore(tmp_path / "responses", SMALL, clock)
+    stored = Stored(b"{}", b"[]")
+    asyncio.run(store.keep("resp_1", "", stored))
+    clock.now_s += SMALL.age_s - 0.001
+    assert asyncio.run(store.find("resp_1", "")) == stored
+    clock.now_s += 0.001
+    assert asyncio.run(store.find("resp_1", "")) is None
+    asyncio.run(store.keep("resp_2", "", stored))
+    assert store._file.execute("SELECT id FROM responses").fetchall() == [("resp_2",)]
+    store.close()

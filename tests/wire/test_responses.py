@@ -237,6 +237,8 @@ def test_truncation_leaves_out_the_oldest_turns(client: openai.OpenAI, gateway: 
     assert MODEL_LEN // 2 < answer.usage.input_tokens <= MODEL_LEN - 8
     read = read_by_the_model(gateway)
     assert read.startswith(turns(("system", "be brief"), ("user", "long")).split("long")[0]) and "now" in read
+    unlimited = ask(client, input=items, truncation="auto")
+    assert MODEL_LEN // 2 < unlimited.usage.input_tokens <= MODEL_LEN * 3 // 4, "an answer needs room too"
     huge: Any = [{"role": "user", "content": "a" * 1_000_000}, {"role": "user", "content": "now"}]
     ask(client, input=huge, truncation="auto", max_output_tokens=1)
     assert read_by_the_model(gateway) == turns(SYSTEM, ("user", "now"))

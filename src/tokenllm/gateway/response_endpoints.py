@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response as Answer
 from starlette.types import ASGIApp
 
-from tokenllm.gateway.endpoints import Endpoint, Query, all_said, chat_submits
+from tokenllm.gateway.endpoints import Endpoint, Query, all_said, chat_prompt, chat_submits, json_answer
 from tokenllm.gateway.gateway import Gateway, tenant_of
 from tokenllm.gateway.reply import Said
 from tokenllm.gateway.response_prompt import (
@@ -20,13 +20,12 @@ from tokenllm.gateway.response_prompt import (
     conversation,
     listed,
     named_as_asked,
-    prompt_tokens,
 )
 from tokenllm.gateway.response_store import Stored
 from tokenllm.gateway.response_stream import ResponseStream
 from tokenllm.gateway.response_wording import ResponseFrames, begun, ended
 from tokenllm_schemas.errors import ApiError, invalid, unsupported
-from tokenllm_schemas.response_object import DeletedResponse, InputTokens, ItemList, NumberedEvent, Response
+from tokenllm_schemas.response_object import AnyEvent, DeletedResponse, InputTokens, ItemList, Response
 from tokenllm_schemas.response_request import (
     InputItem,
     InputTokensRequest,
@@ -51,7 +50,7 @@ async def create_response(gateway: Gateway, request: Request) -> ASGIApp:
     if body.stream:
         return ResponseStream(gateway.circuit, submit, ResponseFrames(response), finish)
     [said] = await all_said(gateway, request, [submit])
-    return _json(await finish(said))
+    return json_answer(await finish(said))
 
 
 async def response(gateway: Gateway, request: Request) -> ASGIApp:
@@ -64,7 +63,7 @@ async def delete_response(gateway: Gateway, request: Request) -> ASGIApp:
     id = request.path_params["id"]
     if not await gateway.responses.forget(id, tenant_of(request)):
         raise _unknown(id)
-    return _json(DeletedResponse(id))
+    return json_answer(DeletedResponse(id))
 
 
 async def cancel_response(gateway: Gateway, request: Request) -> ASGIApp:
@@ -76,14 +75,14 @@ async def cancel_response(gateway: Gateway, request: Request) -> ASGIApp:
 
 async def response_input_items(gateway: Gateway, request: Request) -> ASGIApp:
     items = msgspec.json.decode((await _stored(gateway, request)).items)
-    return _json(_page(items, request))
+    return json_answer(_page(items, request))
 
 
 async def response_input_tokens(gateway: Gateway, request: Request) -> ASGIApp:
     body = await gateway.read(InputTokensRequest, request)
     with named_as_asked():
         chat = await _chat(gateway, body, await _items(gateway, body, tenant_of(request)))
-        return _json(InputTokens(await gateway.aside(prompt_tokens, gateway.model, chat)))
+        return json_answer(InputTokens(len(await chat_prompt(gateway, chat))))
 
 
 async def _chat(gateway: Gateway, body: ResponsePrompt, items: Sequence[InputItem]) -> ResponseAsChat:
@@ -166,10 +165,6 @@ def _limit(text: str) -> int:
     return int(text)
 
 
-def _json(answer: msgspec.Struct) -> Answer:
-    return Answer(msgspec.json.encode(answer), media_type="application/json")
-
-
 RESPONSE_ENDPOINTS = (
     Endpoint(
         "POST",
@@ -178,7 +173,7 @@ RESPONSE_ENDPOINTS = (
         "What a model answers to the items of a conversation",
         ResponseRequest,
         Response,
-        NumberedEvent,
+        AnyEvent,
         errors=(404, 429),
     ),
     Endpoint(

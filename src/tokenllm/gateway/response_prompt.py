@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from tokenllm.gateway.response_store import Stored
-from tokenllm.gateway.served_model import ServedModel
+from tokenllm.gateway.served_model import ServedModel, template_options
 from tokenllm_schemas.errors import ApiError
 from tokenllm_schemas.requests import ChatCompletionRequest, parse
 from tokenllm_schemas.response_request import (
@@ -45,11 +45,6 @@ def as_chat_that_fits(
     return _shortened(model, chat, max_model_len - reserved)
 
 
-def prompt_tokens(model: ServedModel, chat: ResponseAsChat) -> int:
-    """Takes long."""
-    return len(model.chat_prompt(chat.messages))
-
-
 def as_chat(model: str, body: ResponsePrompt, items: Sequence[InputItem]) -> ResponseAsChat:
     """The same question in the words of `/v1/chat/completions`."""
     asked = {
@@ -57,7 +52,6 @@ def as_chat(model: str, body: ResponsePrompt, items: Sequence[InputItem]) -> Res
         "messages": _messages(body.instructions, items),
         "tools": [_tool(tool.model_dump(exclude_none=True)) for tool in body.tools or []],
         "tool_choice": body.tool_choice,
-        "parallel_tool_calls": body.parallel_tool_calls,
         "reasoning_effort": body.reasoning and body.reasoning.effort,
         "verbosity": body.text and body.text.verbosity,
         **(_manner(body) if isinstance(body, ResponseRequest) else {}),
@@ -76,7 +70,7 @@ def _manner(body: ResponseRequest) -> dict[str, Any]:
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    return {"type": tool.pop("type"), "function": {"strict": True, **tool}}
+    return {"type": tool.pop("type"), "function": tool}
 
 
 def _messages(instructions: str | None, items: Sequence[InputItem]) -> list[dict[str, Any]]:
@@ -126,7 +120,9 @@ def _shortened(model: ServedModel, chat: ResponseAsChat, most_tokens: int) -> Re
     def fits(place: int) -> bool:
         shorter = chat.model_copy(update={"messages": endings[place]})
         size = sum(len(message.text().encode()) for message in shorter.messages)
-        return size <= most_tokens * model.longest_token and prompt_tokens(model, shorter) <= most_tokens
+        if size > most_tokens * model.longest_token:  # to tokenize it would take long
+            return False
+        return len(model.chat_prompt(shorter.messages, chat.shown_tools(), template_options(chat))) <= most_tokens
 
     place = bisect_left(range(len(endings) - 1), True, key=fits)
     return chat.model_copy(update={"messages": endings[place]})

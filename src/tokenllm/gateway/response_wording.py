@@ -12,23 +12,29 @@ from tokenllm.gateway.sse import HOLE, event
 from tokenllm.messages import Finish, Submit, TokenText
 from tokenllm_schemas.errors import ApiError
 from tokenllm_schemas.response_object import (
+    Completed,
+    Created,
     EchoedReasoning,
     EchoedText,
     EchoedTool,
     ErrorCode,
-    ErrorEvent,
+    Failed,
+    Incomplete,
     IncompleteDetails,
-    ItemEvent,
+    InProgress,
+    ItemAdded,
+    ItemDone,
     NumberedEvent,
     OutputMessage,
     OutputText,
-    PartEvent,
+    PartAdded,
+    PartDone,
     Response,
     ResponseError,
-    ResponseEvent,
     ResponseUsage,
-    TextDeltaEvent,
-    TextDoneEvent,
+    StreamError,
+    TextDelta,
+    TextDone,
 )
 from tokenllm_schemas.response_request import FunctionTool, Reasoning, ResponseRequest
 from tokenllm_schemas.responses import ChatTokenLogprob
@@ -83,17 +89,16 @@ class ResponseFrames:
         self._response = response
         self._numbers = count()
         self._item_id = item_id(response.id)
-        delta = TextDeltaEvent("response.output_text.delta", HOLE, self._item_id, HOLE, HOLE)
+        delta = TextDelta(HOLE, self._item_id, HOLE, HOLE)
         self._before, self._then, self._between, self._after = _framed(delta).split(b"\0")
 
     def opening(self) -> bytes:
-        message = OutputMessage(self._item_id, "in_progress", [])
         return b"".join(
             (
-                self._event(ResponseEvent, "response.created", self._response),
-                self._event(ResponseEvent, "response.in_progress", self._response),
-                self._event(ItemEvent, "response.output_item.added", message),
-                self._event(PartEvent, "response.content_part.added", self._item_id, OutputText("")),
+                self._event(Created, self._response),
+                self._event(InProgress, self._response),
+                self._event(ItemAdded, OutputMessage(self._item_id, "in_progress", [])),
+                self._event(PartAdded, self._item_id, OutputText("")),
             )
         )
 
@@ -107,29 +112,25 @@ class ResponseFrames:
         [part] = message.content
         return b"".join(
             (
-                self._event(TextDoneEvent, "response.output_text.done", self._item_id, part.text, part.logprobs),
-                self._event(PartEvent, "response.content_part.done", self._item_id, part),
-                self._event(ItemEvent, "response.output_item.done", message),
-                self._event(ResponseEvent, f"response.{response.status}", response),
+                self._event(TextDone, self._item_id, part.text, part.logprobs),
+                self._event(PartDone, self._item_id, part),
+                self._event(ItemDone, message),
+                self._event(Completed if response.status == "completed" else Incomplete, response),
             )
         )
 
     def failure(self, error: ApiError) -> bytes:
         told = ResponseError(_error_code(error), error.message)
         failed = msgspec.structs.replace(self._response, status="failed", error=told, store=False)
-        return b"".join(
-            (
-                self._event(ErrorEvent, "error", error.code, error.message, error.param),
-                self._event(ResponseEvent, "response.failed", failed),
-            )
-        )
+        told_first = self._event(StreamError, error.code, error.message, error.param)
+        return told_first + self._event(Failed, failed)
 
-    def _event(self, kind: type[NumberedEvent], type: str, *rest: object) -> bytes:
-        return _framed(kind(type, next(self._numbers), *rest))
+    def _event(self, kind: type[NumberedEvent], *what: object) -> bytes:
+        return _framed(kind(next(self._numbers), *what))
 
 
 def _framed(numbered: NumberedEvent) -> bytes:
-    return b"event: " + numbered.type.encode() + b"\n" + event(msgspec.json.encode(numbered))
+    return f"event: {numbered.__struct_config__.tag}\n".encode() + event(msgspec.json.encode(numbered))
 
 
 def item_id(response_id: str) -> str:
