@@ -645,3 +645,16 @@ def columns_of(submit: Submit) -> Columns:
     queue = Queue()
     queue.add(Request(submit, 0.0, 0), len(submit.prompt) // 4, 0)
     return queue.columns()
+
+
+def test_who_is_paused_before_its_first_token_is_known_leaves_its_prompt_to_the_tree() -> None:
+    books, runner = paused_books()
+    submit = submit_of(1)
+    books.accept(submit)
+    first = books.plan()
+    flight = runner.launch(first.plan)
+    books._pause(books._requests[1], int(first.plan.sampling_rows[0]))
+    books.memory.check([])
+    assert (books.memory.active, books.memory.cached) == (0, 10)
+    assert books.settle(first, flight).uids == ()
+    assert read(books, runner) == (1, {1: 0})
