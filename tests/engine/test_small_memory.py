@@ -74,6 +74,7 @@ def told(decoder: Decoder, slots: int, work: Sequence[Submit], policy: type[Toke
     return said, books.pauses
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("count", "tokens", "slots"), [(5, 12, 32), pytest.param(32, 200, 512, marks=pytest.mark.slow)]
 )
