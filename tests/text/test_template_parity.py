@@ -137,7 +137,7 @@ COMPILED = {name: ChatTemplate({"default": source}, TOKENS, name) for name, sour
 
 
 @pytest.mark.parametrize("name", COMPILED)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(messages=conversations(), shown=tools, given=variables, papers=documents, opened=st.booleans())
 def test_transformers_renders_alike(
     name: str, messages: Any, shown: Any, given: Any, papers: Any, opened: bool
