@@ -87,7 +87,7 @@ def submits(longest: int = 8) -> list[tuple[int, Submit]]:
     """Prompts of all lengths, which come at different steps and sample in different ways."""
     random = np.random.default_rng(1)
     found = []
-    for uid in range(7):
+    for uid in range(8):
         prompt = random.integers(0, VOCAB, int(random.integers(1, 40)), dtype=np.int32)
         if uid > 4:  # as much as they share with the first is computed once
             prompt = np.concatenate((np.frombuffer(found[0][1].prompt, np.int32), prompt[: uid - 4]))
