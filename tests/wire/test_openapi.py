@@ -105,13 +105,18 @@ def test_an_operation_has_the_statuses_that_it_can_give() -> None:
     assert told["GET", "/health/ready"] == {500, 503}
 
 
-def test_every_field_of_a_request_has_a_schema() -> None:
+def test_every_field_of_a_request_has_a_schema_and_a_meaning() -> None:
     """A field that accepts anything would be a promise that is broken with a 400."""
     whole = described()
     for endpoint in ENDPOINTS:
         if endpoint.body:
             for name, field in whole["components"]["schemas"][endpoint.body.__name__]["properties"].items():
                 assert {"type", "anyOf", "oneOf", "enum", "const", "$ref"} & set(field), (endpoint.path, name, field)
+                assert field.get("description") or described_inside(field), (endpoint.path, name)
+
+
+def described_inside(field: dict[str, Any]) -> bool:
+    return any("description" in choice for choice in field.get("anyOf", []))
 
 
 def test_a_field_that_is_not_honoured_shows_what_asks_for_nothing() -> None:

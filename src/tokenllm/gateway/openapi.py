@@ -17,6 +17,7 @@ from tokenllm.gateway.endpoints import Endpoint
 from tokenllm.gateway.guard import ANTHROPIC_PATH, OPEN_PATHS
 from tokenllm_schemas.anthropic import AnthropicError
 from tokenllm_schemas.errors import RETRIED, ErrorEnvelope
+from tokenllm_schemas.meanings import MEANINGS
 
 Json: TypeAlias = dict[str, Any]
 
@@ -155,4 +156,13 @@ def _bodies(endpoints: Sequence[Endpoint]) -> Json:
     bodies: list[tuple[type[BaseModel], JsonSchemaMode]]
     bodies = [(endpoint.body, "validation") for endpoint in endpoints if endpoint.body]
     _, described = models_json_schema(bodies, ref_template=REFERENCE.replace("{name}", "{model}"))
+    for endpoint in endpoints:
+        if endpoint.body:
+            _explain(described["$defs"][endpoint.body.__name__]["properties"])
     return described["$defs"]
+
+
+def _explain(fields: dict[str, Json]) -> None:
+    for name, field in fields.items():
+        if name in MEANINGS:
+            field.setdefault("description", MEANINGS[name])
