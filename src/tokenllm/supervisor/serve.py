@@ -10,7 +10,6 @@ import os
 import select
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -27,6 +26,7 @@ from tokenllm.supervisor.child import Child, exit_code, told
 from tokenllm.supervisor.generation import SCHEDULER, Generation
 from tokenllm.supervisor.greeting import greeting
 from tokenllm.supervisor.listening import Port, reserve
+from tokenllm.supervisor.private_folder import private_folder
 from tokenllm.supervisor.slot import Gateway, Slot
 
 RETRY_S = 0.05  # how soon to look again whether a full ring has room
@@ -40,11 +40,11 @@ def serve(config: ServeConfig, scheduler_command: Sequence[str] = SCHEDULER) -> 
     try:
         with (
             contextlib.closing(reserve(config.host, config.port, config.gateway_processes)) as port,
-            tempfile.TemporaryDirectory(prefix="tokenllm-") as folder,  # nobody else may look into it
+            private_folder() as folder,
         ):
             path = resolve(config.model, say, weights=config.load_format != "dummy")
             name = config.served_model_name or model_name(config.model, path)
-            return Supervisor(config, path, name, port, Path(folder), scheduler_command).run()
+            return Supervisor(config, path, name, port, folder, scheduler_command).run()
     except (StartError, CheckpointError) as error:
         say(str(error))
         return error.exit_code if isinstance(error, StartError) else 1
