@@ -14,7 +14,7 @@ from tokenllm.routing.pace import Pace
 from tokenllm.routing.past_future import PastFuture
 from tokenllm.routing.peaks import peak
 from tokenllm.routing.router import Router
-from tokenllm.routing.tokenllm import AHEAD, TokenLLM
+from tokenllm.routing.tokenllm import AHEAD, PAUSED, TokenLLM
 
 PACE = Pace(step_s=0.005, per_held_s=4e-8, per_decode_s=0, per_read_s=2.4e-5, target_s=0.1)
 
@@ -233,6 +233,58 @@ def test_tokenllm_pauses_the_cheapest_that_makes_room_for_a_while() -> None:
     policy = policy_of(10_000)
     running = columns([(5000, 10, 256), (1500, 10, 256), (100, 10, 256)], running=True)
     assert policy.victims(running).tolist() == [1, 0, 2]
+
+
+def test_tokenllm_pauses_who_was_paused_before() -> None:
+    policy = policy_of(10_000)
+    running = columns([(5000, 10, 256), (1500, 10, 256), (100, 10, 256)], running=True)
+    policy.paused(running.take(np.array([0])))
+    assert policy.victims(running).tolist() == [0, 1, 2]
+
+
+def test_tokenllm_counts_each_paused_request_once_and_earns_the_right_to_pause() -> None:
+    policy = policy_of(10_000)
+    victim = columns([(100, 10, 256)], running=True)
+    before = policy._z
+    policy.paused(victim)
+    raised = policy._z
+    policy.paused(victim)
+    assert before < policy._z == raised
+    for _ in range(round(1 / PAUSED)):
+        policy.learn(0, 5000)
+    assert policy._z == pytest.approx(before, abs=1e-9), "one of so many long answers may be paused"
+
+
+def test_who_was_paused_comes_back_as_soon_as_the_mean_fits() -> None:
+    lengths = Lengths()
+    kind = lengths.kind(-1, 400)
+    for length in np.random.default_rng(4).integers(20, 400, 500):
+        lengths.learn(kind, int(length))
+    policy = TokenLLM(lengths, PACE, 2000)
+    running = columns([(50, 20, 400)] * 6, running=True, kind=[kind] * 6)
+    lengths.refresh(running.kind, running.generated)
+    new, back = columns([(69, 0, 400)], kind=[kind]), columns([(49, 20, 400)], kind=[kind])
+    means = policy.ahead(running.then(back))[0].sum(0)
+    assert policy.admits(running, back, means.max() + 1) == 1
+    assert policy.admits(running, new, means.max() + 1) == 0
+
+
+def test_lengths_nobody_has_reached_go_on_as_those_that_ended() -> None:
+    lengths = Lengths()
+    kind = lengths.kind(-1, 16384)
+    none = np.zeros(0, int)
+    lengths.refresh(none, none)
+    assert lengths.mean[kind] > 8000, "before anything is known nearly all of it is used"
+    for length in (60 * (1 + np.random.default_rng(5).pareto(1.2, 60))).astype(int):
+        lengths.learn(kind, min(600, int(length)))
+    lengths.refresh(none, none)
+    at = lengths.table[kind, bins(np.array([590, 6000]))]
+    assert at[1] < 0.2 * at[0], "a power law keeps 1/16 of them"
+    many = Lengths()
+    kind = many.kind(-1, 16384)
+    many.learn(kind, 500)
+    many.refresh(np.full(200, kind), np.full(200, 2000))
+    assert many.table[kind, bins(np.array(4000))] > 0.5, "one that ended among two hundred says little"
 
 
 @pytest.mark.slow

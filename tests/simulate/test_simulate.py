@@ -10,6 +10,7 @@ from tokenllm.simulate import mixes, policies
 from tokenllm.simulate.command import run
 from tokenllm.simulate.flags import FIRST_COME_ORACLE, ORACLE, POLICIES
 from tokenllm.simulate.machine import Machine, StepClock
+from tokenllm.simulate.prefixes import Prefixes
 from tokenllm.simulate.server import Server
 from tokenllm.simulate.workload import TraceError, Workload, of, read
 
@@ -95,6 +96,31 @@ def test_pauses_happen_when_memory_is_short_and_are_charged() -> None:
     assert result.pauses > 0
     assert books.recomputed.sum() > 0
     assert result.recomputed_share == books.recomputed.sum() / mixes.draw("dist1", 1, 60).prompt.sum()
+
+
+def test_what_a_paused_request_left_is_forgotten_from_its_end_and_only_as_room_is_wanted() -> None:
+    cache = Prefixes([], np.array([100, 100, 100]), 512)
+    cache.leave(0, 150, now=1.0)
+    cache.leave(1, 120, now=2.0)
+    cache.evict(30)
+    assert (cache.tail.tolist(), cache.kept_tokens) == ([120, 120, 0], 240)
+    assert cache.come_back(0) == 120
+    cache.leave(0, 130, now=3.0)
+    cache.evict(200)  # the oldest first, and what is left of an entry that is out of date is not counted twice
+    assert (cache.tail.tolist(), cache.kept_tokens) == ([50, 0, 0], 50)
+    cache.evict(-10)
+    assert cache.kept_tokens == 50
+
+
+def test_a_pause_costs_no_more_than_what_was_forgotten() -> None:
+    work = mixes.draw("dist1", 1, 200)
+    machine, pace = Machine(), Machine().pace(0.2)
+    policy, kind_of = policies.make("tokenllm", work, pace, 60_000, 0)
+    books = Server(work, Router(policy, pace, 64), machine, 60_000, kind_of).run()
+    whole = (work.prompt + work.length)[books.pauses > 0]
+    again = books.recomputed[books.pauses > 0] / books.pauses[books.pauses > 0]
+    assert len(again) > 2
+    assert 0 < again.mean() < 0.5 * whole.mean()
 
 
 def test_a_shared_prefix_is_computed_once() -> None:

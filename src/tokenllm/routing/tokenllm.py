@@ -10,12 +10,11 @@ from tokenllm.routing.order import ShortestService
 from tokenllm.routing.pace import Pace
 
 AHEAD: Ints = np.unique(np.geomspace(1, LOOKED_UP, 24).astype(np.int64)) - 1  # steps at which memory is looked at
-CAUTION = 1.6  # z at first
+CAUTION = 1.5  # z at first
 BOLDEST, MOST_CAREFUL = 0.5, 2.5
 STEP = 0.03  # by which z rises when somebody is paused for the first time
 PAUSED = 0.025  # of the requests with long answers may be paused
 LONG, LEAST = 1000.0, 0.2  # of those with shorter ones in proportion, down to a fifth
-RETURN = 0.5  # of z for who was paused: to pause it again costs little
 RELIEF_STEPS = 100  # a pause shall free what so many steps of the others take
 REMEMBERED = 1024  # of those who were paused
 
@@ -32,8 +31,8 @@ class TokenLLM(ShortestService):
 
         PAUSED · min(1, max(LEAST, length / LONG))
 
-    by small steps: up with each of them, down with each finish. Who was paused comes back with RETURN·z, and is the
-    first to be paused again: its tokens are mostly still cached, and its reader has waited already.
+    by small steps: up with each of them, down with each finish. Who was paused comes back as soon as the mean fits,
+    and is the first to be paused again: its tokens are mostly still cached, and its reader has waited already.
     """
 
     def __init__(self, lengths: Lengths, pace: Pace, capacity: int, paused: float = PAUSED) -> None:
@@ -54,7 +53,7 @@ class TokenLLM(ShortestService):
         count, all_one = len(running), np.ones(len(running))
         means = all_one @ mean[:count] + mean[count:].cumsum(0)
         variances = all_one @ variance[:count] + variance[count:].cumsum(0)
-        z = np.where(candidates.generated > 0, RETURN * self._z, self._z)
+        z = np.where(candidates.generated > 0, 0.0, self._z)
         highest = (means + z[:, None] * np.sqrt(variances)).max(1)
         return int(np.logical_and.accumulate(highest <= room).sum())
 
