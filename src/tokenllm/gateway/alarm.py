@@ -10,33 +10,32 @@ class Alarm:
 
     def __init__(self, ring: Callable[[], object]) -> None:
         self._ring = ring
-        self._due_s = inf
+        self._due_s = self._looks_s = inf
         self._look: asyncio.TimerHandle | None = None
 
     def set(self, due_s: float) -> None:
         """Ring then, and no more at the time before; never, if it is infinite."""
         self._due_s = due_s
-        if due_s < inf and (self._look is None or due_s < self._look.when()):
+        if due_s < self._looks_s:
             self._look_at(due_s)
 
     def stop(self) -> None:
         """Nothing is left in the event loop."""
-        self._due_s = inf
+        self._due_s = self._looks_s = inf
         if self._look:
             self._look.cancel()
-            self._look = None
 
     def _look_at(self, when_s: float) -> None:
         if self._look:
             self._look.cancel()
+        self._looks_s = when_s
         self._look = asyncio.get_running_loop().call_at(when_s, self._looked)
 
     def _looked(self) -> None:
         """It may have been put off since."""
-        when_s = self._look.when() if self._look else inf
-        self._look = None
-        if self._due_s <= when_s:
+        looked_s, self._looks_s = self._looks_s, inf
+        if self._due_s <= looked_s:
             self._due_s = inf
             self._ring()
-        elif self._due_s < inf:
-            self._look_at(self._due_s)
+        else:
+            self.set(self._due_s)

@@ -18,6 +18,7 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokenllm.gateway.alarm import Alarm
+from tokenllm.gateway.wire import chunked_wire, take
 from tokenllm_schemas.anthropic import AnthropicError
 from tokenllm_schemas.errors import ApiError, busy
 
@@ -129,6 +130,7 @@ class Exchange:
         self._body_ended = False
         self._started = False
         self._finished = False
+        self._wire: asyncio.WriteTransport | None = None
         self._stalling = Alarm(self._stall)
         self._stalled = False
         self._writer: asyncio.Task[object] | None = None
@@ -182,8 +184,11 @@ class Exchange:
         if message["type"] == "http.response.start":
             self._started = True
             message = {**message, "headers": [*message["headers"], *self._own_headers()]}
+            self._wire = chunked_wire(self.scope, message, self._send)
         elif not message.get("more_body", False):
             self._finished = True  # from here on the disconnect is our own doing
+        elif take(self._wire, message["body"]):
+            return
         self._writer = asyncio.current_task()
         self._stalling.set(time.monotonic() + STALL_S)
         try:

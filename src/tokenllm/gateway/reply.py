@@ -39,7 +39,8 @@ class Reply:
 
     def put(self, index: int, delta: Delta) -> None:
         self._deltas.append((index, delta))
-        self._wake()
+        if self._reader:
+            self._wake()
 
     def fail(self, error: ApiError) -> None:
         """The last word of one choice, and with it of the whole reply."""
@@ -51,8 +52,9 @@ class Reply:
         self._alarm.stop()
 
     def _wake(self) -> None:
-        if self._reader and not self._reader.done():
-            self._reader.set_result(None)
+        reader, self._reader = self._reader, None
+        if reader and not reader.done():
+            reader.set_result(None)
 
     def written(self) -> None:
         """Its client has been sent something, and waits anew."""
@@ -65,7 +67,9 @@ class Reply:
         """
         patient_until_s = self._waits_since_s + self._patience_s
         if not self._deltas and not self._error:
-            await self._heard(min(time.monotonic() + silence_s, patient_until_s))
+            self._reader = asyncio.get_running_loop().create_future()
+            self._alarm.set(min(time.monotonic() + silence_s, patient_until_s))
+            await self._reader
         deltas, self._deltas = self._deltas, []
         if self._error and not deltas:
             raise self._error
@@ -75,11 +79,6 @@ class Reply:
             if delta.finish:
                 self.open -= 1
         return deltas
-
-    async def _heard(self, until_s: float) -> None:
-        self._reader = asyncio.get_running_loop().create_future()
-        self._alarm.set(until_s)
-        await self._reader
 
 
 class Said(msgspec.Struct, frozen=True):
