@@ -21,11 +21,11 @@ TOKENLLM = $(PIP) --no-build-isolation -e
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help serve test test-slow check load bench-cpu bench-ring bench-host bench-gpu router-report lock clean
+.PHONY: help serve test test-slow check load load-gateway bench-cpu bench-ring bench-host bench-gpu router-report lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: PORT=8000 MODEL=folder|file.gguf|org/name ARGS='more flags' PYTHON=/path TORCH_INDEX_URL=https://…"
 
 serve: $(VENV)/.serve ## install what is missing, then serve MODEL (default: the embedded one) on PORT
@@ -55,6 +55,9 @@ bench-ring: $(VENV)/.load ## the ring against a pipe and a queue
 
 bench-host: $(VENV)/.load ## what a step costs the scheduler's process beside the model
 	$(BIN)/python load_tests/host_bench.py $(ARGS)
+
+load-gateway: $(VENV)/.load ## what the gateway costs, with an engine that has nothing to compute
+	$(BIN)/python load_tests/load_gateway.py $(ARGS)
 
 bench-gpu: $(VENV)/.load ## measure the CUDA engine: BENCH=kernels, steps, offline, prefill, idle, serving or startup (ARGS="-h")
 	PYTHONPATH=load_tests $(BIN)/python load_tests/gpu/bench_$(or $(BENCH),kernels).py $(ARGS)
