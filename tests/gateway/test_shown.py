@@ -130,7 +130,7 @@ def expected(answer: msgspec.Struct, text_of: Any) -> dict[int, dict[str, Any]]:
     return choices
 
 
-def check(draw: st.DrawFn, chat: bool) -> None:
+def check(draw: Any, chat: bool) -> None:
     body = draw(bodies(chat))
     submits, told = draw(deltas(body))
     shown = shown_for(body, submits, DECODER)
