@@ -26,6 +26,7 @@ CHECKS = (
     "response_schema_conformance",
     "unsupported_method",
     "ignored_auth",
+    "negative_data_rejection",
 )
 FEW, MANY = 2, 100  # examples of each operation, beside those for each field and each limit
 
@@ -50,7 +51,8 @@ def with_a_model_that_exists(whole: dict[str, Any]) -> dict[str, Any]:
     """Hardly a name that is made up is the model's, and who asks for another one is told nothing else."""
     for name, schema in whole["components"]["schemas"].items():
         if name.endswith("Request"):
-            schema["properties"]["model"] = {"enum": [MODEL_NAME]}
+            optional = [] if "model" in schema.get("required", []) else [None]
+            schema["properties"]["model"] = {"enum": [MODEL_NAME, *optional]}
     return whole
 
 
