@@ -284,7 +284,7 @@ def time_health(bench: Bench, server: tuple[int, Child]) -> tuple[Times, Times, 
     port, seconds = server[0], bench.options.seconds
     probe = http_request("GET", "/health/live")
     idle = bench.readers.times(port, probe, time.monotonic() + seconds, PROBE_PAUSE_S).result()
-    words = (HERE / "load_gateway.py").read_text()
+    words = (HERE / "load_gateway.py").read_text().replace("<", "(")  # no control tokens
     prompt = chat(1, FREE, (words * (1 + PROMPT_BYTES // len(words)))[:PROMPT_BYTES], stream=False)
     end_s = time.monotonic() + 2 * seconds
     prompts = bench.readers.times(port, prompt, end_s)

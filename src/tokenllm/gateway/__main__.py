@@ -27,6 +27,7 @@ from tokenllm.ring import RingFds
 from tokenllm_schemas.errors import busy
 
 KEEP_ALIVE_S = 8.0  # also what a client gets to send its headers; the SDK drops idle connections after 5
+SWITCH_S = 0.001  # how long a thread that tokenizes keeps the event loop waiting for the interpreter
 CLOSING_S = 2.0  # for connections that are still open when all has been said
 
 
@@ -35,6 +36,7 @@ def main() -> None:
     die_with(birth.supervisor_pid)
     for stop in (signal.SIGINT, signal.SIGTERM):  # these come to the whole group: the supervisor says what follows
         signal.signal(stop, signal.SIG_IGN)
+    sys.setswitchinterval(SWITCH_S)
     try:
         asyncio.run(Process(birth).run())
     except* ChannelClosed:

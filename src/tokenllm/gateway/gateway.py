@@ -3,11 +3,11 @@
 import asyncio
 import secrets
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
-from struct import pack
 from typing import ParamSpec, TypeVar
 
 from msgspec.structs import replace
@@ -105,7 +105,7 @@ class Gateway:
         return [
             Submit(
                 uid=self.circuit.next_uid(),
-                prompt=pack(f"<{len(prompt)}i", *prompt),
+                prompt=array("i", prompt).tobytes(),
                 max_tokens=room(len(prompt), max_model_len, body),
                 sampling=replace(how, seed=fitting(seed + choice)),
                 ignore_eos=bool(body.ignore_eos),

@@ -20,15 +20,18 @@ class Hider:
         self._longest = max(map(len, self._literals), default=0)
         self._beginnings = {literal[:n] for literal in self._literals for n in range(1, len(literal))}
         self._ends = {literal[n:] for literal in self._literals for n in range(1, len(literal))}
-        self._whole = re.compile(f"(?={trie_pattern(self._literals)})") if self._literals else None
+        pattern = trie_pattern(self._literals)
+        self._any = re.compile(pattern) if self._literals else None  # hundreds of times quicker where there is none
+        self._whole = re.compile(f"(?={pattern})")  # those that overlap too
 
     def hide(self, text: str, unseen: str) -> str:
         """The text with `unseen` wherever it is needed; a template may still strip white space off it."""
-        if not self._whole or not (core := text.strip()):
+        if not self._any or not (core := text.strip()):
             return text
         start = text.index(core)
         end = start + len(core)
-        places = {match.start() + 1 for match in self._whole.finditer(text)}
+        first = self._any.search(text)
+        places = {match.start() + 1 for match in self._whole.finditer(text, first.start())} if first else set()
         for n in range(1, min(self._longest, len(core) + 1)):
             if core[-n:] in self._beginnings:
                 places.add(end - n + 1)
