@@ -42,7 +42,8 @@ class Driver:
                     books.accept(replace(submit, uid=uid))
             if planned := books.plan():
                 sampled = self.runner.collect(self.runner.launch(planned.plan))
-                for uid, tokens in books.settle(planned, sampled).logprobs.items():
+                step_told = books.settle(planned, sampled)
+                for uid, tokens in (*step_told.prompt_logprobs.items(), *step_told.logprobs.items()):
                     told[uid] += tokens
             step += 1
         return told
@@ -62,7 +63,7 @@ class Driver:
         )
 
 
-def submit(ids: Sequence[int], max_tokens: int, **sampling: float) -> Submit:
+def submit(ids: Sequence[int], max_tokens: int, **sampling: Any) -> Submit:
     rule = Sampling(**({"seed": 0, "temperature": 0.0, "logprobs": 5} | sampling))
     return Submit(0, np.asarray(ids, dtype="<i4").tobytes(), max_tokens, rule, ignore_eos=True)
 

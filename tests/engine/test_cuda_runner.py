@@ -83,6 +83,16 @@ def on_gpu(decoder: Decoder) -> Decoder:
     return Decoder(**fields | {"kernels": gpu})
 
 
+LISTS: dict[int, dict[str, Any]] = {  # what some of them say of tokens
+    1: {"logit_bias": ((5, 3.0), (6, -1.0), (7, float("-inf"))), "prompt_logprobs": 1},
+    2: {"bad_words": tuple((token, token) for token in range(60)), "repetition_penalty": 1.3},
+    3: {"logit_bias": tuple((token, 0.0) for token in range(0, 60, 2)), "only_biased": True},
+    4: {"muted": tuple(range(40)), "min_tokens": 3, "repetition_penalty": 0.8, "min_p": 0.1},
+    5: {"prompt_logprobs": 2, "repetition_penalty": 1.1, "bad_words": ((1, 2, 3),)},
+    6: {"prompt_logprobs": 0},
+}
+
+
 def submits(longest: int = 8) -> list[tuple[int, Submit]]:
     """Prompts of all lengths, which come at different steps and sample in different ways."""
     random = np.random.default_rng(1)
@@ -98,6 +108,7 @@ def submits(longest: int = 8) -> list[tuple[int, Submit]]:
             top_p=0.9 if uid % 4 == 1 else 1.0,
             frequency_penalty=0.7 * (uid % 3 == 2),
             logprobs=2,
+            **LISTS.get(uid, {}),
         )
         most = int(random.integers(1, longest + 1))
         found.append((uid * 2 % 7, Submit(uid, prompt.tobytes(), most, rule, ignore_eos=True)))
@@ -138,7 +149,7 @@ def told(
 
 
 def enter(step: Step, said: dict[int, list[Any]]) -> None:
-    for uid, tokens in step.logprobs.items():
+    for uid, tokens in (*step.prompt_logprobs.items(), *step.logprobs.items()):
         said.setdefault(uid, []).extend(tokens)
 
 
