@@ -167,8 +167,10 @@ def _bias(
     at = tl.arange(0, BIASED)
     token = tl.load(bias_ids + row * BIASED + at, mask=at < tl.load(biased + row), other=-1)
     here = (token >= tl.min(ids, 0)) & (token < tl.min(ids, 0) + BLOCK)
-    values = bias_values if position >= tl.load(muted_until + row) else early_values
-    named = tl.load(mine + token, mask=here, other=0.0) + tl.load(values + row * BIASED + at, mask=here, other=0.0)
+    value = tl.load(bias_values + row * BIASED + at, mask=here, other=0.0)
+    early = tl.load(early_values + row * BIASED + at, mask=here, other=0.0)
+    value = tl.where(position < tl.load(muted_until + row), early, value)
+    named = tl.load(mine + token, mask=here, other=0.0) + value
     tl.debug_barrier()
     tl.store(mine + ids, tl.where(tl.load(only_biased + row) > 0, float("-inf"), x))
     tl.debug_barrier()

@@ -195,7 +195,7 @@ def warm_up(runner: Runner[Any], tokens: int, rule: LogitsRule, logprobs: int | 
     """One prompt and one step after it, so that the first request finds everything prepared."""
     slots, row = np.arange(tokens, dtype=np.int32), np.zeros(1, np.int32)
     ids = np.zeros(tokens - 1, np.int32)
-    foretold = Foretold(0, 0, ids[1:FORETOLD_AT_ONCE], logprobs or 0)
+    foretold = Foretold(0, 0, ids[1:FORETOLD_AT_ONCE], logprobs or 0) if len(ids) > 1 else None
     prompt = Plan(Decodes.none(), (Chunk(0, 0, slots[:-1], ids, True, rule, logprobs, foretold=foretold),))
     decode = Plan(Decodes(row, row + len(ids), slots[-1:]))
     for plan in (prompt, decode) if tokens > 1 else ():
