@@ -124,6 +124,8 @@ def test_what_clients_may_set() -> None:
     assert both.render(CHATS[0]) == "<s>|None|None|||"
     assert both.render(CHATS[0], options=TemplateOptions(variables=given)) == "<s>|None|None|||7"
     assert both.render(CHATS[0], options=TemplateOptions(reasoning_effort="high")) == "<s>|None|None|True|high|"
+    counting = template("{{ range(2) | list }}")
+    assert counting.render(CHATS[0], options=TemplateOptions(variables=given)) == "[0, 1]"
     silent = TemplateOptions(reasoning_effort="none", variables={"reasoning_effort": "low"})
     assert both.render(CHATS[0], options=silent) == "<s>|None|None|False|low|"
     assert both.render(CHATS[0], [{"a": 1}], TemplateOptions(documents=[{"b": 2}])) == "<s>|[{'a': 1}]|[{'b': 2}]|||"
