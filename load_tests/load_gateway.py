@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from loadgen.processes import Child, free_port, process_name
+from loadgen.processes import Child, answers, free_port, process_name
 from loadgen.raw import Readers, http_request, total
 from loadgen.report import machine_name, now, open_console
 from tokenllm.config import ServeConfig
@@ -133,8 +133,10 @@ class Bench:
         )
         log = self.folder / f"gateways-{gateways}.log"
         with Child([sys.executable, str(SERVE), msgspec.json.encode(config).decode()], log) as server:
-            server.wait_until_ready(f"http://127.0.0.1:{port}/health/ready")
-            time.sleep(0.5 if gateways > 1 else 0.0)  # each connection meets any of the gateways
+            ready = f"http://127.0.0.1:{port}/health/ready"
+            server.wait_until_ready(ready)
+            while not all(answers(ready) for _ in range(4 * gateways)):  # each connection meets any of the gateways
+                time.sleep(0.05)
             yield port, server
 
     @contextmanager
@@ -185,7 +187,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=128, help="for each gateway process, up to 512 in all")
     parser.add_argument("--pace", type=int, default=60, help="tokens per second and stream where each is a chunk")
     parser.add_argument("--seconds", type=float, default=3.0, help="that each thing is measured")
-    parser.add_argument("--rounds", type=int, default=3, help="of one chunk per token, in turns with the bare server")
+    parser.add_argument("--rounds", type=int, default=2, help="of one chunk per token, in turns with the bare server")
     parser.add_argument("--clients", type=int, default=max(2, cores // 4), help="processes that read")
     return parser.parse_args()
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenllm.detokenizer.outbox import Outbox, joined
+from tokenllm.detokenizer.outbox import BEHIND_BYTES, Outbox, joined
 from tokenllm.messages import Delta, Finish, Outbound, Refused, Texts, TokenText
 from tokenllm.ring import Receiver, RingFds, Sender, close_ring, create_ring
 
@@ -113,3 +113,20 @@ def test_a_full_ring_delays_and_loses_nothing(ring: RingFds) -> None:
                         got[delta.uid] += delta.text
     assert got == {uid: str(uid) * 10 for uid in range(100)}
     assert refusals == [1000]
+
+
+def test_what_a_gateway_has_not_read_joins_before_its_ring_is_full() -> None:
+    """So what it reads next is never older than a little of what there is."""
+    fds = create_ring(1 << 20)
+    with closing(Sender[Outbound](fds)) as sender, closing(Receiver[Outbound](fds, Texts)) as receiver:
+        outbox = Outbox(sender)
+        for _ in range(20_000):
+            outbox.put(Texts(tuple(Delta(uid, " word", 1) for uid in range(4))))
+            outbox.flush()
+        assert BEHIND_BYTES <= sender.used_bytes < BEHIND_BYTES + 200 and outbox.waiting
+        behind = stories(list(receiver.receive()))
+        outbox.flush()
+        [rest] = receiver.receive()
+        assert isinstance(rest, Texts) and len(rest.deltas) == 4
+        assert all(delta.tokens + behind[delta.uid].tokens == 20_000 for delta in rest.deltas)
+    close_ring(fds)
