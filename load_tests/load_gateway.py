@@ -26,7 +26,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from loadgen.processes import Child, answers, free_port, process_name
-from loadgen.raw import Readers, http_request, total
+from loadgen.raw import Readers, connect, http_request, total
 from loadgen.report import machine_name, now, open_console
 from tokenllm.config import ServeConfig
 
@@ -163,7 +163,11 @@ class Bench:
 
 
 def _listens(port: int) -> bool:
-    return any(found.laddr[1:] == (port,) and found.status == "LISTEN" for found in psutil.net_connections("tcp4"))
+    try:
+        connect(port).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 def main() -> int:
