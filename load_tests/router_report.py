@@ -79,7 +79,7 @@ def point(name: str, value: float) -> tuple[str, float, float, float]:
 
 
 def careful(name: str, value: float, mix: str) -> Row:
-    machine, work, capacity = Machine(), mixes.draw(mix, SEED), mixes.MIXES[mix][2]
+    machine, work, capacity = Machine(), mixes.draw(mix, SEED, 600), mixes.MIXES[mix][2]
     pace, lengths = machine.pace(TARGET_S), Lengths()
     if name == "tokenllm":
         policy, kind_of = TokenLLM(lengths, pace, capacity, value), lengths.kind
