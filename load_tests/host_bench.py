@@ -1,8 +1,10 @@
 """What a step costs the scheduler's process beside the model: its own loop, scheduler and rings, and no model.
 
 The runner makes up its tokens and waits two milliseconds for each step, awake, as one does that waits for a GPU; that
-wait is not counted. Ring B is read by another process. It prints a table and leaves the numbers in
-`load_tests/results/`.
+wait is not counted. Ring B is read by another process. Three loads: everybody decodes; a closed loop, in which somebody
+ends at nearly every step and somebody else is admitted; the same while a thousand wait. The last column compares each
+with decoding alone, which says more than microseconds do on a machine that others use too. It prints a table and leaves
+the numbers in `load_tests/results/`.
 """
 
 import argparse
@@ -36,17 +38,36 @@ from tokenllm.scheduler.loop import Loop
 from tokenllm.scheduler.scheduler import Scheduler
 
 RESULTS = Path(__file__).parent / "results"
-RUNNING = (1, 64, 256, 1024)
+RUNNING = (64, 256, 1024)
+WAITING = 1000
 PHASES = ("accept", "plan", "launch (fake)", "settle", "send", "rest")
-PROMPT_TOKENS, CHUNK_TOKENS, CONTEXT, VOCAB, EOS = 32, 512, 8192, 128_256, 128_009
+PROMPT_TOKENS, CHUNK_TOKENS, CONTEXT, EOS = 256, 2048, 8192, 128_009
 STEP_S, WARM_UP_STEPS = 0.002, 20
+
+
+class Load(msgspec.Struct, frozen=True):
+    """Requests for the whole measurement."""
+
+    running: int
+    turnover: bool  # one ends at each step, and another takes its row; otherwise all decode on and on
+    waiting: int = 0
+
+    @property
+    def max_tokens(self) -> int:
+        """A row stands idle for two steps between two requests, one ahead and one to settle."""
+        return self.running - 2 if self.turnover else CONTEXT - PROMPT_TOKENS
+
+    @property
+    def name(self) -> str:
+        if not self.turnover:
+            return "decode"
+        return f"closed loop, {self.waiting} wait" if self.waiting else "closed loop"
 
 
 class Measurement(msgspec.Struct, frozen=True):
     """Microseconds per step."""
 
-    running: int
-    chunk_tokens: int  # of somebody's prompt, in every step
+    load: Load
     phase: str
     p50_us: float
     p99_us: float
@@ -56,7 +77,7 @@ class FakeRunner:
     """Tokens are a hash of row and step, and never an EOS. `paced` steps take their time."""
 
     ahead = 1
-    most_chunks = CHUNK_TOKENS
+    most_chunks = 64
     most_context_tokens = 1 << 20
     compilations = 0
 
@@ -128,78 +149,96 @@ def read_all(memory: Any, bell: Any) -> None:
             pass
 
 
-def submit(uid: int, prompt_tokens: int, max_tokens: int) -> Submit:
-    return Submit(uid, np.zeros(prompt_tokens, "<i4").tobytes(), max_tokens, Sampling(seed=uid))
+class Clients:
+    """Send the next request for each that has ended. No two prompts begin alike."""
+
+    def __init__(self, load: Load, gateway: Sender[Inbound]) -> None:
+        self._load, self._gateway = load, gateway
+        self._random, self._sent = np.random.default_rng(0), 0
+
+    def send(self) -> None:
+        prompt = self._random.integers(0, EOS, PROMPT_TOKENS, dtype="<i4")
+        sampling = Sampling(seed=self._sent)
+        self._gateway.send(Submit(self._sent, prompt.tobytes(), self._load.max_tokens, sampling))
+        self._sent += 1
+
+    def keep(self, known: int) -> None:
+        for _ in range(self._load.running + self._load.waiting - known):
+            self.send()
 
 
-def make_scheduler(running: int) -> Scheduler:
-    capacity, pace = (running + 4) * CONTEXT, LearnedPace(CHUNK_TOKENS)
+def make_scheduler(load: Load) -> Scheduler:
+    capacity, pace = load.running * CONTEXT, LearnedPace(CHUNK_TOKENS)
     return Scheduler(
         TokenMemory(capacity),
-        Router(make_policy("tokenllm", pace, capacity, Lengths()), pace, running + 4),
-        rows=running + 4,
+        Router(make_policy("tokenllm", pace, capacity, Lengths()), pace, load.running),
+        rows=load.running,
         max_positions=CONTEXT,
         prefill_chunk_tokens=CHUNK_TOKENS,
-        most_chunks=CHUNK_TOKENS,
-        most_context_tokens=1 << 20,
-        max_queued_requests=running + 4,
+        most_chunks=FakeRunner.most_chunks,
+        most_context_tokens=FakeRunner.most_context_tokens,
+        max_queued_requests=load.running + load.waiting,
         max_queued_tokens=capacity,
         eos_ids=frozenset({EOS}),
         pace=pace,
     )
 
 
-def measure(running: int, chunk_tokens: int, steps: int, outbox: RingFds) -> list[Measurement]:
-    """Fill the batch, then time steps in which everybody decodes, beside a prompt that is read in one step."""
+def measure(load: Load, steps: int, outbox: RingFds) -> list[Measurement]:
+    """Fill the batch, one request at a step, and the queue; then time steps."""
     ring = create_ring(1 << 22)
-    inbox, gateway = Receiver[Inbound](ring, Inbound), Sender[Inbound](ring)
-    scheduler, runner, sender, stopwatch = make_scheduler(running), FakeRunner(), Sender[Midway](outbox), Stopwatch()
+    inbox, clients = Receiver[Inbound](ring, Inbound), Clients(load, Sender[Inbound](ring))
+    scheduler, runner, sender, stopwatch = make_scheduler(load), FakeRunner(), Sender[Midway](outbox), Stopwatch()
     loop = Loop(scheduler, runner, [inbox], sender, Page(create_page()), Ready(1, 1, 1))
-    for uid in range(running):
-        gateway.send(submit(uid, PROMPT_TOKENS, CONTEXT - PROMPT_TOKENS))
+    for _ in range(load.running):
+        clients.send()
         loop.turn()
     runner.paced = True
     watched = (scheduler, "accept"), (scheduler, "plan"), (runner, "launch"), (scheduler, "settle"), (sender, "send")
     for (owner, method), phase in zip((*watched, (runner, "collect")), (*PHASES[:-1], "wait"), strict=True):
         stopwatch.watch(owner, method, phase)
-    for number in range(WARM_UP_STEPS + steps):
-        if chunk_tokens:
-            gateway.send(submit(running + number, chunk_tokens, 1))
+    for _ in range(WARM_UP_STEPS + steps):
+        clients.keep(scheduler.rows.running + len(scheduler.waiting))
         stopwatch.step(loop.turn)
-    assert scheduler.rows.running >= running, "somebody ended before the measurement did"
+    assert scheduler.rows.running >= load.running - 4, "the batch was full all the time"
     close_ring(ring)
     del stopwatch.steps[:WARM_UP_STEPS]
     parts = {phase: stopwatch.us(phase) for phase in PHASES}
-    return [summary(running, chunk_tokens, *part) for part in (*parts.items(), ("total", sum(parts.values())))]
+    return [summary(load, *part) for part in (*parts.items(), ("total", sum(parts.values())))]
 
 
-def summary(running: int, chunk_tokens: int, phase: str, us: Any) -> Measurement:
+def summary(load: Load, phase: str, us: Any) -> Measurement:
     p50, p99 = np.percentile(us, (50, 99))
-    return Measurement(running, chunk_tokens, phase, round(float(p50), 1), round(float(p99), 1))
+    return Measurement(load, phase, round(float(p50), 1), round(float(p99), 1))
 
 
 def print_table(measurements: list[Measurement], steps: int) -> None:
-    table = Table(title=f"host time of one step, p50 / p99 of {steps} steps, µs")
-    for column in ("running", "chunk", *PHASES, "total"):
+    table = Table(title=f"host time of one step, p50 of {steps} steps (total: p99 too), µs")
+    for column in ("running", "load", *PHASES, "total", "× decode"):
         table.add_column(column, justify="right")
-    cases: dict[tuple[int, int], dict[str, str]] = {}
-    for found in measurements:
-        case = cases.setdefault((found.running, found.chunk_tokens), {})
-        case[found.phase] = f"{found.p50_us:.0f} / {found.p99_us:.0f}"
-    for (running, chunk_tokens), cells in cases.items():
-        table.add_row(str(running), str(chunk_tokens or "-"), *(cells[phase] for phase in (*PHASES, "total")))
+    p50 = {(found.load, found.phase): found.p50_us for found in measurements}
+    for whole in [found for found in measurements if found.phase == "total"]:
+        load = whole.load
+        cells = [f"{p50[load, phase]:.0f}" for phase in PHASES]
+        times = whole.p50_us / p50[Load(load.running, turnover=False), "total"]
+        total = f"{whole.p50_us:.0f} / {whole.p99_us:.0f}"
+        table.add_row(str(load.running), load.name, *cells, total, f"{times:.1f}")
     Console().print(table)
+
+
+def loads() -> list[Load]:
+    kinds = (False, 0), (True, 0), (True, WAITING)
+    return [Load(running, *kind) for running in RUNNING for kind in kinds]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=500, help="measured for each case")
     steps = parser.parse_args().steps
-    cases = [(running, chunk_tokens) for chunk_tokens in (0, CHUNK_TOKENS) for running in RUNNING]
     gc.collect()
     gc.freeze()  # as the scheduler process does
     with read_ring() as outbox:
-        rounds = [measure(*case, steps, outbox) for case in track(cases, description="measuring", transient=True)]
+        rounds = [measure(load, steps, outbox) for load in track(loads(), description="measuring", transient=True)]
     measurements = [found for round_ in rounds for found in round_]
     print_table(measurements, steps)
     RESULTS.mkdir(exist_ok=True)
