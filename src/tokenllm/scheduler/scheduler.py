@@ -292,6 +292,7 @@ class Scheduler:
         self._share(request, *self.rows.written(row))
         if self.rows.decodes[row]:
             self._reading.remove(request)
+            self._changed = True  # a step has more room for others' prompts
         return request.chunk(row, start, slots, prefix)
 
     def _catch_up(self, request: Request) -> None:
@@ -337,7 +338,8 @@ class Scheduler:
         self.rows.learn(rows, tokens)
         cached = tuple(self.rows.cached[rows].tolist())
         finished, valid = self._finished(rows, tokens), tokens >= 0
-        for place in finished.nonzero()[0]:
+        ended = finished.nonzero()[0]
+        for place in ended[self.rows.stays[rows[ended]].argsort()]:  # in this order the policy learns from them
             self._finish(self._requests[uids[place]], broken=bool(tokens[place] < 0))
         return Step(
             uids=uids,
