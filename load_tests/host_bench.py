@@ -27,6 +27,7 @@ from rich.table import Table
 
 from tokenllm.counters import Page, create_page
 from tokenllm.engine.batch import Plan, Sampled
+from tokenllm.engine.runner import all_of
 from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import Inbound, Midway, Ready, Sampling, Submit
 from tokenllm.ring import Receiver, RingFds, Sender, close_ring, create_ring
@@ -80,6 +81,7 @@ class FakeRunner:
     most_chunks = 64
     most_context_tokens = 1 << 20
     compilations = 0
+    filled = staticmethod(all_of)
 
     def __init__(self) -> None:
         self.paced = False
@@ -214,7 +216,7 @@ def summary(load: Load, phase: str, us: Any) -> Measurement:
 
 def print_table(measurements: list[Measurement], steps: int) -> None:
     table = Table(title=f"host time of one step, p50 of {steps} steps (total: p99 too), µs")
-    for column in ("running", "load", *PHASES, "total", "× decode"):
+    for column in ("running", "load", *PHASES, "total", "to decoding"):
         table.add_column(column, justify="right")
     p50 = {(found.load, found.phase): found.p50_us for found in measurements}
     for whole in [found for found in measurements if found.phase == "total"]:

@@ -44,13 +44,8 @@ def measure_full(table: Table, repeats: int) -> None:
     tree = memory.prefixes
     with_others(memory)
     show(table, f"match, 64 edges among {OTHERS} others", repeats, lambda: tree.match(REALM, prompt))
-    for uid in range(256):
-        tree.announce(uid, REALM, np.append(prompt, np.int32(uid)))
-    show(table, "look, while 256 requests read twins", repeats, lambda: tree.look(REALM, prompt))
-    slots = tree.match(REALM, prompt).slots
-    show(
-        table, f"insert, {PROMPT_TOKENS} tokens known already", repeats, lambda: tree.insert(REALM, prompt[:-1], slots)
-    )
+    slots, root = tree.match(REALM, prompt).slots, tree.root(REALM)
+    show(table, f"insert, {PROMPT_TOKENS} tokens known already", repeats, lambda: tree.insert(root, prompt[:-1], slots))
     fresh = count(500_000, OTHERS_TOKENS)
     show(table, f"take {OTHERS_TOKENS} of a full memory, insert", repeats, lambda: replace(memory, next(fresh)))
     show(table, "take 1, give it back", repeats, lambda: memory.give_back(memory.take(1)))
@@ -60,7 +55,7 @@ def with_chain(edges: int) -> tuple[TokenMemory, Ids]:
     """A memory that has cached a prompt along so many edges, and the prompt with one more token."""
     memory = TokenMemory(PROMPT_TOKENS + OTHERS * OTHERS_TOKENS + SYSTEM_TOKENS)
     prompt = np.random.default_rng(0).integers(0, 128_000, PROMPT_TOKENS + 1, dtype=np.int32)
-    memory.prefixes.insert(REALM, prompt[:-1], memory.take(PROMPT_TOKENS))
+    memory.prefixes.insert(memory.prefixes.root(REALM), prompt[:-1], memory.take(PROMPT_TOKENS))
     for end in range(PROMPT_TOKENS, 0, -PROMPT_TOKENS // edges):
         memory.prefixes.match(REALM, prompt[: end + 1])  # the edge is split here
     return memory, prompt
@@ -72,7 +67,7 @@ def with_others(memory: TokenMemory) -> None:
     slots = memory.take(SYSTEM_TOKENS)
     for first in range(OTHERS):
         ids = np.concatenate([system, np.arange(first, first + OTHERS_TOKENS, dtype=np.int32)])
-        memory.prefixes.insert(REALM, ids, np.concatenate([slots, memory.take(OTHERS_TOKENS)]))
+        memory.prefixes.insert(memory.prefixes.root(REALM), ids, np.concatenate([slots, memory.take(OTHERS_TOKENS)]))
     assert not memory.free, "all of it is cached"
 
 
@@ -84,7 +79,7 @@ def hold(tree: PrefixTree, prompt: Ids) -> None:
 
 def replace(memory: TokenMemory, first: int) -> None:
     ids = np.arange(first, first + OTHERS_TOKENS, dtype=np.int32)
-    memory.prefixes.insert(REALM, ids, memory.take(OTHERS_TOKENS))
+    memory.prefixes.insert(memory.prefixes.root(REALM), ids, memory.take(OTHERS_TOKENS))
 
 
 def show(table: Table, what: str, repeats: int, deed: Callable[[], object]) -> None:

@@ -31,8 +31,11 @@ class Running:
     node: Node
     slots: Slots
     ids: list[int]
-    shared: int  # so many of its slots are the tree's
-    announced: bool = True
+    shared: int  # so many of its slots are the tree's, on the way to `node`
+
+    @property
+    def reads(self) -> bool:
+        return len(self.ids) < len(self.prompt)
 
     def prefix(self, count: int) -> Prefix:
         return self.realm, tuple(self.ids[:count])
@@ -65,12 +68,6 @@ class NaiveCache:
         return forgotten
 
 
-def common(some: list[int], others: list[int]) -> int:
-    return next(
-        (at for at, (a, b) in enumerate(zip(some, others, strict=False)) if a != b), min(len(some), len(others))
-    )
-
-
 class MemoryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -94,8 +91,8 @@ class MemoryMachine(RuleBasedStateMachine):
         slots = self.memory.take(count)
         if missing > 0:
             forgotten = self.naive.forget(missing, self.held())
-            evicted = {slot for slot, prefix in self.content.items() if prefix in forgotten}
-            assert len(evicted) == missing and evicted <= set(slots.tolist())
+            evicted = set(slots.tolist()) & set(self.content)
+            assert len(evicted) == missing and {self.content[slot] for slot in evicted} == forgotten
             for slot in evicted:
                 del self.content[slot]
         assert not set(slots.tolist()) & set(self.content), "a slot that is taken was free"
@@ -116,22 +113,24 @@ class MemoryMachine(RuleBasedStateMachine):
         request.slots = np.concatenate([request.slots, slots])
         return True
 
-    def insert(self, request: Running) -> tuple[Node, Slots, Slots]:
-        known = self.naive.cached(request.realm, request.ids)
-        row = request.slots.copy()
-        entry = self.tree.insert(request.realm, np.array(request.ids, np.int32), row)
-        row.fill(-1)  # a row is written over by its next tenant
+    def rest(self, request: Running) -> tuple[np.ndarray, Slots]:
+        """What it has computed and the tree does not hold for it; a row is written over by its next tenant."""
+        return np.array(request.ids[request.shared :], np.int32), request.slots[request.shared :].copy()
+
+    def insert(self, request: Running) -> Slots:
+        known = max(request.shared, self.naive.cached(request.realm, request.ids))
+        ids, row = self.rest(request)
+        surplus = self.tree.insert(request.node, ids, row)
+        row.fill(-1)
         self.naive.use([request.prefix(count + 1) for count in range(len(request.ids))])
-        assert (entry.slots[known:] == request.slots[known:]).all(), "what nobody had cached is the caller's"
-        assert entry.surplus.tolist() == request.slots[request.shared : known].tolist()
-        return entry.node, entry.slots, entry.surplus
+        assert surplus.tolist() == request.slots[request.shared : known].tolist(), "what somebody had cached before"
+        return surplus
 
     def leave(self, request: Running) -> None:
         before = self.held()
         self.running.remove(request)
         self.tree.unlock(request.node)
         self.naive.use(list(before - self.held()))
-        self.tree.withdraw(request.uid)
 
     @rule(realm=REALMS, prompt=PROMPTS)
     def begin(self, realm: Realm, prompt: list[int]) -> None:
@@ -142,7 +141,7 @@ class MemoryMachine(RuleBasedStateMachine):
         """A whole request, without anything between."""
         request = self.begin_one(realm, prompt)
         self.read_some(request, len(prompt))
-        if not request.announced:
+        if not request.reads:
             self.compute(request, answer)
         self.finish_one(request)
 
@@ -153,7 +152,6 @@ class MemoryMachine(RuleBasedStateMachine):
         self.uid += 1
         ids = prompt[: len(match)]
         self.running.append(Running(self.uid, realm, prompt, match.node, match.slots, ids, shared=len(match)))
-        self.tree.announce(self.uid, realm, np.array(prompt, np.int32))
         return self.running[-1]
 
     @rule(realm=REALMS, prompt=PROMPTS)
@@ -161,11 +159,7 @@ class MemoryMachine(RuleBasedStateMachine):
         most = prompt[:-1]
         cached, held = self.naive.cached(realm, most), self.held()
         active = sum((realm, tuple(prompt[: count + 1])) in held for count in range(cached))
-        shares = {r.uid: common(most, r.prompt) for r in self.running if r.announced and r.realm == realm}
-        coming = max(0, max(shares.values(), default=0) - cached)
-        look = self.tree.look(realm, np.array(prompt, np.int32))
-        assert look == Look(cached, active, coming, look.producer)
-        assert shares[look.producer] == cached + coming if coming else look.producer == 0
+        assert self.tree.look(realm, np.array(prompt, np.int32)) == Look(cached, active)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), count=st.integers(1, 6))
@@ -176,20 +170,20 @@ class MemoryMachine(RuleBasedStateMachine):
         tokens = request.prompt[len(request.ids) :][:count]
         if not tokens or not self.compute(request, tokens):
             return
-        node, request.slots, surplus = self.insert(request)
-        self.tree.lock(node)
-        self.tree.unlock(request.node)
-        request.node, request.shared = node, len(request.ids)
-        self.give_back(surplus)
-        if len(request.ids) == len(request.prompt):
-            self.tree.withdraw(request.uid)
-            request.announced = False
+        ids, row = self.rest(request)
+        goes_on = self.naive.cached(request.realm, request.ids) > request.shared
+        node = self.tree.extend(request.node, ids, row)
+        row.fill(-1)
+        assert (node is None) == goes_on, "what nobody had planned is the caller's, all of it"
+        if node:
+            request.node, request.shared = node, len(request.ids)
+            self.naive.use([request.prefix(count + 1) for count in range(len(request.ids))])
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), token=st.integers(0, 1))
     def decode(self, data: st.DataObject, token: int) -> None:
         request = data.draw(st.sampled_from(self.running))
-        if not request.announced:
+        if not request.reads:
             self.compute(request, [token])
 
     @precondition(lambda self: self.running)
@@ -198,7 +192,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.finish_one(data.draw(st.sampled_from(self.running)))
 
     def finish_one(self, request: Running) -> None:
-        _, _, surplus = self.insert(request)
+        surplus = self.insert(request)
         self.leave(request)
         self.give_back(surplus)
 
@@ -260,62 +254,60 @@ def test_the_life_of_a_request_and_of_its_twin() -> None:
     first = tree.match(ANN, prompt)
     assert not len(first)
     tree.lock(first.node)
-    tree.announce(1, ANN, prompt)
     slots = memory.take(4)  # a step reads "the "
-    entry = tree.insert(ANN, prompt[:4], slots)
-    tree.lock(entry.node)
-    tree.unlock(first.node)
-    assert tree.look(ANN, ids("the cow")) == Look(cached=4, active=4, coming=1, producer=1), "the c is on its way"
-    assert tree.look(Realm("bob", "", "", "1"), ids("the cow")) == Look(0, 0, 0, 0)
+    node = tree.extend(first.node, prompt[:4], slots)
+    assert node
+    assert tree.look(ANN, ids("the cow")) == Look(cached=4, active=4)
+    assert tree.look(Realm("bob", "", "", "1"), ids("the cow")) == Look(0, 0)
 
     slots = np.concatenate([slots, memory.take(3)])  # the next one, the rest
-    before, entry = entry, tree.insert(ANN, prompt, slots)
-    tree.lock(entry.node)
-    tree.unlock(before.node)
-    tree.withdraw(1)
+    node = tree.extend(node, prompt[4:], slots[4:])
+    assert node and (memory.free, memory.cached, memory.active) == (13, 0, 7)
 
     twin = tree.match(ANN, prompt)
     tree.lock(twin.node)
     assert twin.slots.tolist() == slots[:6].tolist(), "all but the last token"
-    assert (memory.free, memory.cached, memory.active) == (13, 0, 7)
+    assert tree.sole(node) == 1 and tree.sole(twin.node) == 0
     own = memory.take(1)
-    same = tree.insert(ANN, prompt, np.concatenate([twin.slots, own]))
-    assert same.surplus.tolist() == own.tolist() and same.slots.tolist() == slots.tolist()
-    tree.lock(same.node)
-    tree.unlock(twin.node)
-    memory.give_back(same.surplus)
-    memory.check([slots, same.slots])
+    assert tree.goes_on(twin.node, prompt[6:]) and not tree.extend(twin.node, prompt[6:], own)
+    memory.check([slots, np.concatenate([twin.slots, own])])
 
     slots = np.concatenate([slots, memory.take(2)])  # the first one decodes "s " and has finished; its twin at once
-    assert not len(tree.insert(ANN, ids("the cats "), slots).surplus)
-    tree.unlock(entry.node)
-    tree.unlock(same.node)
+    assert not len(tree.insert(node, ids("s "), slots[7:]))
+    tree.unlock(node)
+    surplus = tree.insert(twin.node, prompt[6:], own)
+    assert surplus.tolist() == own.tolist()
+    tree.unlock(twin.node)
+    memory.give_back(surplus)
     assert (memory.free, memory.cached, memory.active) == (11, 9, 0)
     memory.take(16)
     assert tree.look(ANN, ids("the cats and dogs")).cached == 4, "the end is forgotten first, to the token"
 
 
-def test_a_request_may_keep_its_own_slots_until_its_finish() -> None:
-    memory = TokenMemory(20)
-    tree = memory.prefixes
-    early = tree.insert(ANN, ids("abc"), memory.take(3))
-    own = memory.take(5)  # a twin that did not wait
-    entry = tree.insert(ANN, ids("abcde"), own)
-    tree.lock(entry.node)
-    assert entry.surplus.tolist() == own[:3].tolist()
-    assert entry.slots.tolist() == [*early.slots.tolist(), *own[3:].tolist()]
-    with pytest.raises(MemoryError):
-        memory.take(13)  # what hangs below the twin's tokens keeps these, too
-    final = tree.insert(ANN, ids("abcde"), own)
-    tree.unlock(entry.node)
-    memory.give_back(final.surplus)
-    memory.check([])
-    assert memory.available == 20
+def test_what_is_sole_changes_only_where_meetings_are_counted() -> None:
+    tree, slots = PrefixTree(), np.arange(9, dtype=np.int32)
+
+    def holds(text: str) -> Node:
+        match = tree.match(ANN, ids(text))
+        tree.lock(match.node)
+        return tree.extend(match.node, ids(text)[len(match) :], slots[len(match) : len(text)]) or match.node
+
+    first = holds("abcd")
+    holds("xyz")
+    assert (tree.meetings, tree.sole(first)) == (0, 4)
+    second = holds("abef")
+    assert (tree.meetings, tree.sole(first), tree.sole(second)) == (1, 2, 2)
+    third = holds("abg")
+    assert (tree.meetings, tree.sole(first), tree.sole(third)) == (1, 2, 1)
+    tree.unlock(third)
+    assert tree.meetings == 1
+    tree.unlock(second)
+    assert (tree.meetings, tree.sole(first)) == (2, 4)
 
 
 def test_an_edge_that_is_split_is_held_by_whom_it_was() -> None:
     tree = PrefixTree()
-    tree.insert(ANN, ids("abcd"), np.arange(4, dtype=np.int32))
+    tree.insert(tree.root(ANN), ids("abcd"), np.arange(4, dtype=np.int32))
     nodes = []
     for text in ("abcd!", "abcd?", "ab!", "a!"):
         nodes.append(tree.match(ANN, ids(text)).node)
@@ -330,7 +322,7 @@ def test_what_was_used_last_is_forgotten_last() -> None:
     memory = TokenMemory(9)
     tree = memory.prefixes
     for text in ("one", "two", "six"):
-        tree.insert(ANN, ids(text), memory.take(3))
+        tree.insert(tree.root(ANN), ids(text), memory.take(3))
     node = tree.match(ANN, ids("one!")).node
     tree.lock(node)
     tree.unlock(node)
@@ -338,24 +330,10 @@ def test_what_was_used_last_is_forgotten_last() -> None:
     assert [tree.look(ANN, ids(text + "!")).cached for text in ("one", "two", "six")] == [3, 0, 2]
 
 
-def test_a_producer_that_is_aborted_holds_nobody_back() -> None:
-    tree = PrefixTree()
-    for uid, text in ((7, "abcdef"), (8, "abc"), (9, "abX")):
-        tree.announce(uid, ANN, ids(text))
-    assert tree.look(ANN, ids("abcdeY")) == Look(0, 0, 5, 7)
-    tree.withdraw(7)
-    assert tree.look(ANN, ids("abcdeY")) == Look(0, 0, 3, 8)
-    tree.withdraw(8)
-    tree.withdraw(8)
-    assert tree.look(ANN, ids("abcdeY")) == Look(0, 0, 2, 9)
-    tree.withdraw(9)
-    assert tree.look(ANN, ids("abcdeY")) == Look(0, 0, 0, 0)
-
-
 @pytest.mark.parametrize("break_it", ["leak", "twice", "locked"])
 def test_check_finds_what_is_wrong(break_it: str) -> None:
     memory = TokenMemory(8)
-    entry = memory.prefixes.insert(ANN, ids("abc"), memory.take(3))
+    memory.prefixes.insert(memory.prefixes.root(ANN), ids("abc"), memory.take(3))
     row = memory.take(2)
     memory.check([row])
     match break_it:
@@ -364,6 +342,6 @@ def test_check_finds_what_is_wrong(break_it: str) -> None:
         case "twice":
             memory.give_back(row[:1])
         case "locked":
-            memory.prefixes.lock(entry.node)
+            memory.prefixes.lock(memory.prefixes.match(ANN, ids("abc!")).node)
     with pytest.raises(AssertionError, match="not held exactly once"):
         memory.check([row])

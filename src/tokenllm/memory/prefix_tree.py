@@ -5,23 +5,19 @@ The life of a request, as the scheduler enters it:
 
     match = tree.match(realm, prompt)                # its first tokens are planned: its row begins with match.slots
     tree.lock(node := match.node)
-    if tree.known(realm, prompt[:end]) == shared:    # a step that reads up to `end` is planned, and nobody was quicker
-        entry = tree.insert(realm, prompt[:end], slots)
-        tree.lock(entry.node); tree.unlock(node)     # the lock moves down, the new one first; node = entry.node
+    node = tree.extend(node, ids, slots) or node     # a step is planned that reads these tokens, the next ones
     …                                                # it decodes: nothing to enter
-    entry = tree.insert(realm, ids, slots)           # finish or abort: all tokens whose K and V are in memory
-    tree.unlock(node); memory.give_back(entry.surplus)
+    surplus = tree.insert(node, ids, slots)          # finish or abort: what follows `node` and is in memory
+    tree.unlock(node); memory.give_back(surplus)
 
 A chunk can be shared as soon as it is planned, since whoever reads it is computed later on the same stream.
 
 **Surplus.** Where the same tokens are cached already (by a twin; and the last token of a prompt, which every twin
 computes), the tree keeps what it has, and the caller's own slots are surplus. Steps read slots through the request's
-row on the device, so a running request may give its surplus back only if the next plan writes the row anew before it
-computes. The scheduler rewrites no row: it inserts nothing that somebody else has shared meanwhile, so that no token
-is held twice.
+row on the device, and no row is rewritten: a running request extends nothing that somebody else has extended alike
+meanwhile, so that no token is held twice, and gives its surplus back when it ends.
 
-`look`, `announce` and `withdraw` tell a router what a waiting prompt would find, and what of it is on its way. No
-scheduler asks them yet.
+`look` tells a router what a waiting prompt would find.
 """
 
 from collections.abc import Hashable, Iterator
@@ -32,11 +28,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenllm.memory.announcements import ID_BYTES, Announcements, common_tokens
 from tokenllm.memory.token_slots import Slots
 
 Ids = NDArray[np.int32]
 
+ID_BYTES = 4  # token ids are little-endian int32
 NO_SLOTS: Slots = np.empty(0, np.int32)
 
 
@@ -68,14 +64,11 @@ class Node:
         self.in_line = False  # for eviction
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """How much of a prompt need not be computed."""
 
     cached: int
     active: int  # of the cached tokens: held by running requests anyhow
-    coming: int  # further tokens that a running request is about to compute
-    producer: int  # its uid, if any are coming
 
 
 @dataclass(frozen=True)
@@ -89,23 +82,14 @@ class Match:
         return len(self.slots)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What the tree holds for ids that were inserted: a slot for each, of the caller's or of somebody before."""
-
-    node: Node
-    slots: Slots
-    surplus: Slots  # the caller's that the tree did not take
-
-
 class PrefixTree:
     """All realms' trees, on one trunk. `cached == evictable + locked`, in tokens."""
 
     def __init__(self) -> None:
         self.cached = 0
         self.evictable = 0  # held by nobody but the tree
+        self.meetings = 0  # times that tokens got a second holder, or lost the last but one: `sole` may have changed
         self._trunk = Node(None, None, b"", NO_SLOTS)
-        self._announcements = Announcements()
         self._uses = 0  # a clock: so many times has something been used
         # Leaves that nobody holds, by last use; each node at most once. An entry may be outdated (used since, locked,
         # with children): that is seen when it comes to the front.
@@ -117,24 +101,25 @@ class PrefixTree:
 
     def look(self, realm: Hashable, ids: Ids) -> Look:
         """What `match` would find; changes nothing."""
-        tokens = _computable(ids)
-        path, shared = self._walk(realm, tokens)
-        *whole, last = path
-        cached = sum(len(node.slots) for node in whole) + shared
-        active = sum(len(node.slots) for node in whole if node.locks) + (shared if last.locks else 0)
-        announced, uid = self._announcements.longest(realm, tokens)
-        coming = max(0, announced - cached)
-        return Look(cached, active, coming, uid if coming else 0)
-
-    def known(self, realm: Hashable, ids: Ids) -> int:
-        """How many of these tokens are cached, from the first on; changes nothing."""
-        path, shared = self._walk(realm, _bytes(ids))
-        return sum(len(node.slots) for node in path[:-1]) + shared
+        path, shared = self._walk(self._trunk, realm, _computable(ids))
+        cached = active = shared
+        if not path[-1].locks:
+            active = 0
+        for node in path[:-1]:
+            cached += len(node.slots)
+            if node.locks:
+                active += len(node.slots)
+        return Look(cached, active)
 
     def match(self, realm: Hashable, ids: Ids) -> Match:
         """The longest cached prefix; never all of it, since the last token's logits have to be computed."""
-        path = self._cut(*self._walk(realm, _computable(ids)))
+        tokens = _computable(ids)
+        path = self._cut(*self._walk(self.root(realm), tokens[:ID_BYTES], tokens))
         return Match(_slots_of(path), path[-1])
+
+    def root(self, realm: Hashable) -> Node:
+        """What all prompts of a realm follow. Lock it or insert something before anything else happens to the tree."""
+        return self._trunk.children.get(realm) or self._grow(self._trunk, realm, b"", NO_SLOTS)
 
     def lock(self, node: Node) -> None:
         """A request holds what leads to this node: it stays."""
@@ -142,6 +127,7 @@ class PrefixTree:
         while held:
             held.locks += 1
             if held.locks > 1:
+                self.meetings += held.locks == 2 and len(held.slots) > 0
                 return
             self.evictable -= len(held.slots)
             held = held.parent
@@ -153,6 +139,7 @@ class PrefixTree:
             assert held.locks, "a lock is given up once"
             held.locks -= 1
             if held.locks:
+                self.meetings += held.locks == 1 and len(held.slots) > 0
                 break
             self.evictable += len(held.slots)
             held = held.parent
@@ -167,20 +154,34 @@ class PrefixTree:
             held = held.parent
         return tokens
 
-    def insert(self, realm: Hashable, ids: Ids, slots: Slots) -> Entry:
-        """Keep the slots of these tokens, a prefix that is computed or planned; what the tree has already, it keeps."""
+    @staticmethod
+    def goes_on(node: Node, ids: Ids) -> bool:
+        """Whether anything is cached of what follows a node, if it is to be followed by `ids`."""
+        return ids[:1].tobytes() in node.children
+
+    def extend(self, node: Node, ids: Ids, slots: Slots) -> Node | None:
+        """A request that holds `node` has planned the tokens that follow, and holds them from now on, at the node that
+        is returned. None, and nothing has happened, where somebody else has planned such tokens already.
+        """
+        assert node.locks and len(ids) == len(slots), "of a node that is held, and a slot for every token"
+        if self.goes_on(node, ids):
+            return None
+        new = self._follow(node, _bytes(ids), slots)
+        new.locks = 1  # `node` has one holder less and one child with locks more
+        self.evictable -= len(slots)
+        return new
+
+    def insert(self, node: Node, ids: Ids, slots: Slots) -> Slots:
+        """Keep the slots of tokens that follow a node; what the tree has already, it keeps. Returns the surplus."""
         assert len(ids) == len(slots), "a slot for every token"
         tokens = _bytes(ids)
-        path = self._cut(*self._walk(realm, tokens))
-        if len(path) == 1:
-            path.append(self._grow(path[-1], realm, b"", NO_SLOTS))
-        known = sum(len(node.slots) for node in path)
-        if known < len(ids):
-            new = tokens[ID_BYTES * known :]
-            path.append(self._grow(path[-1], new[:ID_BYTES], new, slots[known:].copy()))
+        path = self._cut(*self._walk(node, tokens[:ID_BYTES], tokens))
+        kept = _slots_of(path[1:])
+        if len(kept) < len(ids):
+            path.append(self._follow(path[-1], tokens[ID_BYTES * len(kept) :], slots[len(kept) :]))
         self._use(path[-1])
-        kept = _slots_of(path)
-        return Entry(path[-1], kept, slots[slots != kept])
+        mine = slots[: len(kept)]
+        return mine[mine != kept]
 
     def evict(self, count: int) -> Slots:
         """Forget so many tokens that nobody holds: the least recently used leaves, the ends of their edges first."""
@@ -195,14 +196,6 @@ class PrefixTree:
         self.cached -= count
         self.evictable -= count
         return np.concatenate(parts)
-
-    def announce(self, uid: int, realm: Hashable, ids: Ids) -> None:
-        """`uid` is about to compute what is not cached of this prompt."""
-        self._announcements.announce(uid, realm, _bytes(ids))
-
-    def withdraw(self, uid: int) -> None:
-        """What `uid` has announced, if anything, is cached now, or will never be."""
-        self._announcements.withdraw(uid)
 
     def unheld_slots(self) -> Slots:
         """Of all tokens that are held by the tree alone."""
@@ -232,13 +225,16 @@ class PrefixTree:
             ahead.extend(node.children.values())
             yield node
 
-    def _walk(self, realm: Hashable, tokens: bytes) -> tuple[list[Node], int]:
-        """The way these tokens go from the trunk, and how many of the last node's they share: all of the others'."""
-        path, name, at = [self._trunk], realm, 0
+    @staticmethod
+    def _walk(start: Node, name: Hashable, tokens: bytes) -> tuple[list[Node], int]:
+        """The way these tokens go from a node whose child is called `name`, and how many of the last node's they share:
+        all of the others'.
+        """
+        path, at = [start], 0
         while node := path[-1].children.get(name):
             path.append(node)
             if not tokens.startswith(node.tokens, at):
-                return path, common_tokens(node.tokens, tokens, at)
+                return path, _common_tokens(node.tokens, tokens, at)
             at += len(node.tokens)
             name = tokens[at : at + ID_BYTES]
         return path, len(path[-1].slots)
@@ -258,6 +254,9 @@ class PrefixTree:
         node.parent, node.name = upper, node.tokens[:ID_BYTES]
         upper.children[node.name] = node
         return upper
+
+    def _follow(self, parent: Node, tokens: bytes, slots: Slots) -> Node:
+        return self._grow(parent, tokens[:ID_BYTES], tokens, slots.copy())
 
     def _grow(self, parent: Node, name: Hashable, tokens: bytes, slots: Slots) -> Node:
         node = parent.children[name] = Node(parent, name, tokens, slots)
@@ -304,6 +303,13 @@ def _bytes(ids: Ids) -> bytes:
 def _computable(ids: Ids) -> bytes:
     """All but the last: what follows it is asked for, and only computing it tells."""
     return _bytes(ids[:-1])
+
+
+def _common_tokens(some: bytes, others: bytes, at: int) -> int:
+    """How many token ids are the same at the beginning of `some` and of `others` from byte `at` on."""
+    count = min(len(some), len(others) - at) // ID_BYTES
+    differ = np.frombuffer(some, "<i4", count) != np.frombuffer(others, "<i4", count, at)
+    return int(differ.argmax()) if differ.any() else count
 
 
 def _slots_of(nodes: list[Node]) -> Slots:

@@ -1,7 +1,5 @@
 """Who waits, in columns as the router wants them: a queue of a thousand is judged in a few numpy operations."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from tokenllm.routing.columns import Columns, Ints
@@ -33,9 +31,14 @@ class Queue:
         self.requests.append(request)
         self.prompt_tokens += len(request.prompt)
 
-    def see(self, place: int, unread: int, shared: int) -> None:
-        """What a prefix hit would leave to compute, and how much of the hit others who run hold too."""
-        self._ints[4:6, place] = unread, shared
+    def see(self, place: int, unread: int, shared: int) -> bool:
+        """What a prefix hit would leave to compute, and how much of the hit others who run hold too. Whether that is
+        news.
+        """
+        known = self._ints[4:6, place]
+        news = (unread, shared) != (known[0], known[1])
+        known[:] = unread, shared
+        return news
 
     def columns(self) -> Columns:
         """Good until the queue changes."""
@@ -46,18 +49,16 @@ class Queue:
     def take(self, places: Ints) -> list[Request]:
         """These leave, and are returned in this order."""
         taken = [self.requests[place] for place in places.tolist()]
-        self._remove(places.tolist())
+        for place in sorted(places.tolist(), reverse=True):
+            self._remove(place)
         return taken
 
     def remove(self, request: Request) -> None:
-        self._remove([self.requests.index(request)])
+        self._remove(self.requests.index(request))
 
-    def _remove(self, places: Sequence[int]) -> None:
-        if not places:
-            return
-        count = len(self.requests)
-        stay = np.delete(np.arange(count), places)
-        self._ints[:, : len(stay)] = self._ints[:, stay]
-        self._arrival_s[: len(stay)] = self._arrival_s[stay]
-        self.prompt_tokens -= sum(len(self.requests[place].prompt) for place in places)
-        self.requests = [self.requests[place] for place in stay.tolist()]
+    def _remove(self, place: int) -> None:
+        """Who came later moves up."""
+        end = len(self.requests)
+        self._ints[:, place : end - 1] = self._ints[:, place + 1 : end]
+        self._arrival_s[place : end - 1] = self._arrival_s[place + 1 : end]
+        self.prompt_tokens -= len(self.requests.pop(place).prompt)

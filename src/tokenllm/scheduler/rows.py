@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from tokenllm.engine.batch import Column, Decodes, SharedPrefix
 from tokenllm.memory.token_slots import Slots
-from tokenllm.routing.columns import Columns, Ints
+from tokenllm.routing.columns import Columns
 from tokenllm.scheduler.prefixes import PROBES, shared_prefixes
 from tokenllm.scheduler.request import Request
 
@@ -28,18 +28,17 @@ class Rows:
         self.max_positions = max_positions
         self.uids = np.full(count, NOBODY)
         self.stays = np.full(count, NO_STAY)  # each admission has a number of its own, higher than those before
-        self.prompt = np.zeros(count, np.int32)  # its tokens
+        self._told = np.zeros((8, count), np.int32)  # what the router is told, in columns that are views of it:
+        self.prompt, self.sampled, self.max_tokens, self.planned, self.shared, *_ = self._told
+        # prompt: its tokens; sampled: tokens generated, or on their way; planned: tokens whose K and V are in memory,
+        # or on their way; shared: of these, those that others who run hold too; then kind, tenant and priority
         self.text = np.zeros(count, np.int32)  # tokens to read before it decodes: a resumed one's generated ones too
-        self.max_tokens = np.zeros(count, np.int32)
-        self.planned = np.zeros(count, np.int32)  # tokens whose K and V are in memory, or on their way
-        self.sampled = np.zeros(count, np.int32)  # tokens generated, or on their way
         self.generated = np.zeros(count, np.int32)  # tokens generated and known
         self.cached = np.zeros(count, np.int32)  # tokens of the prompt that somebody had computed before
         self.adopted = np.zeros(count, np.int32)  # of its first tokens, those that it has not computed itself
         self.heeds_eos = np.zeros(count, bool)
         self.stop_ids: dict[int, frozenset[int]] = {}  # of rows that have some of their own
         self.decodes = np.zeros(count, bool)  # its text is planned to the end
-        self._judged = np.zeros((3, count), np.int64)  # kind, tenant and priority
         self._arrival_s = np.zeros(count)
         self._slots = np.empty((count, max_positions), np.int32)  # of each position; costs memory where it is written
         self._ids = np.empty((count, max_positions + 1), np.int32)  # of each position, as far as known
@@ -72,7 +71,7 @@ class Rows:
         self.heeds_eos[row], self.decodes[row] = not request.ignore_eos, False
         if request.stop_ids:
             self.stop_ids[row] = request.stop_ids
-        self._judged[:, row] = request.kind, request.tenant, request.priority
+        self._told[5:, row] = request.kind, request.tenant, request.priority
         self._arrival_s[row] = request.arrival_s
         return row
 
@@ -121,12 +120,10 @@ class Rows:
         order = stays.argsort()
         return order[np.searchsorted(stays, 0, sorter=order) :]
 
-    def columns(self, rows: Places, shared: Ints) -> Columns:
+    def columns(self, rows: Places) -> Columns:
         """What the router has to know of those who run, as if all that is planned had happened."""
-        prompt, generated, planned, most = (
-            column[rows].astype(np.int64) for column in (self.prompt, self.sampled, self.planned, self.max_tokens)
-        )
-        kind, tenant, priority = self._judged[:, rows]
+        told = self._told.take(rows, 1).astype(np.int64)
+        prompt, generated, most, planned, shared, kind, tenant, priority = told
         uids, arrival = self.uids[rows].view(np.int64), self._arrival_s[rows]
         unread = prompt + generated - planned
         return Columns(uids, prompt, generated, most, unread, shared, arrival, kind, tenant, priority)

@@ -39,7 +39,8 @@ from tokenllm.scheduler.rows import Places, Rows, Uids
 
 FINISHED: dict[FinishReason, int] = {reason: 1 + code for code, reason in enumerate(FINISH_REASONS)}
 TIMED_EVERY = 8  # steps
-LOOKS = 32  # waiting requests whose prefix is looked for again at each decision
+LOOKS = 32  # waiting requests whose prefix is looked for again at a decision, at most:
+FRUITLESS_LOOKS = 2  # of these that find what was known end it
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Scheduler:
         self._changed = False  # somebody came or went since the router was last asked
         self._passed_over = False  # it left somebody waiting
         self._looked = 0  # place in the queue
+        self._meetings = 0  # in the prefix tree, when it was last asked what each row shares
         self._prefill_chunk_tokens, self._most_chunks, self._filled = prefill_chunk_tokens, most_chunks, filled
         self._most_context_tokens = most_context_tokens
         self._max_queued = max_queued_requests, max_queued_tokens
@@ -170,9 +172,9 @@ class Scheduler:
 
     def _leave(self, request: Request, row: int, keep: int) -> None:
         """The row and what it holds are given up, but for the first tokens that the prefix tree is to keep."""
-        held, prefixes = self.rows.held(row), self.memory.prefixes
-        surplus = prefixes.insert(request.realm, self.rows.ids(row)[:keep], held[:keep]).surplus if keep else NO_SLOTS
+        held, prefixes, shared = self.rows.held(row), self.memory.prefixes, request.shared_tokens
         assert request.node, "who runs holds a node"
+        surplus = prefixes.insert(request.node, self.rows.ids(row)[shared:keep], held[shared:keep])
         prefixes.unlock(request.node)
         if not self.rows.decodes[row]:
             self._reading.remove(request)
@@ -210,8 +212,9 @@ class Scheduler:
         for request in self._reading:
             self._catch_up(request)
         self._look_again()
+        self._see_who_shares()
         rows = self.rows.staying()
-        running, waiting = self.rows.columns(rows, self._shared(rows)), self.waiting.columns()
+        running, waiting = self.rows.columns(rows), self.waiting.columns()
         leaving, now = self.rows.running - len(rows), self._clock()
         decision = self.router.decide(now, running, waiting, self.memory.available, leaving)
         self._foresee(now, running, waiting, decision)
@@ -225,20 +228,28 @@ class Scheduler:
         planned = self._planned(decodes, tuple(self._chunks(self._prompt_tokens(to_read, len(decodes.rows)))))
         return planned or (self.plan() if len(decision.pause) else None)
 
-    def _shared(self, rows: Places) -> Ints:
-        """The tokens each holds that others who run hold too; nobody asks while there is room and nobody waits."""
-        if not (self._changed or self.waiting or len(rows) > self.memory.available):
-            return np.zeros(len(rows), np.int64)
-        requests, sole = self._requests, self.memory.prefixes.sole
-        who = [requests[uid] for uid in self.rows.uids[rows].tolist()]
-        return np.array([request.shared_tokens - sole(request.node) for request in who], np.int64)
+    def _see_who_shares(self) -> None:
+        """Ask anew what each row shares when somebody came to share what another had alone, or left it alone again."""
+        if self._meetings != self.memory.prefixes.meetings:
+            self._meetings = self.memory.prefixes.meetings
+            for uid in self.rows.uids[self.rows.stays >= 0].tolist():
+                self._see_what_is_shared(self._requests[uid])
+
+    def _see_what_is_shared(self, request: Request) -> None:
+        assert request.row is not None and request.node, "who runs holds a row and a node"
+        self.rows.shared[request.row] = request.shared_tokens - self.memory.prefixes.sole(request.node)
 
     def _look_again(self) -> None:
-        """A few of those who wait, each time others: what they will find is more by now, or forgotten."""
+        """Some of those who wait, each time others: what they will find is more by now, or forgotten. While that is
+        so, the next ones are looked at too.
+        """
         count = len(self.waiting)
+        fruitless = 0
         for place in range(self._looked, self._looked + min(LOOKS, count)):
-            self.waiting.see(place % count, *self._look(self.waiting.requests[place % count]))
-        self._looked = (self._looked + LOOKS) % max(1, count)
+            fruitless += not self.waiting.see(place % count, *self._look(self.waiting.requests[place % count]))
+            self._looked = (place + 1) % count
+            if fruitless == FRUITLESS_LOOKS:
+                break
 
     def _foresee(self, now: float, running: Columns, waiting: Columns, decision: Decision) -> None:
         """Enter what follows from a decision: what memory the batch will need, and how quickly the queue is served."""
@@ -299,13 +310,16 @@ class Scheduler:
         """Adopt what others have computed of its text by now, be it in a chunk that this very step reads before."""
         prefixes, row, node = self.memory.prefixes, request.row, request.node
         assert row is not None, "who reads has a row"
-        if node and prefixes.known(request.realm, request.adoptable[:-1]) <= self.rows.planned[row]:
+        if node and not prefixes.goes_on(node, request.text[request.shared_tokens :]):
             return
         match = prefixes.match(request.realm, request.adoptable)
+        if node and len(match) <= self.rows.planned[row]:
+            return
         prefixes.lock(match.node)
         if node:
             prefixes.unlock(node)
         request.node, request.shared_tokens = match.node, len(match)
+        self._see_what_is_shared(request)
         adopted = self.rows.adopt(row, match.slots)
         request.adopted |= adopted > 0
         if not request.was_paused:
@@ -317,12 +331,10 @@ class Scheduler:
         Where somebody else has shared the same since the prefix was found (as all twins have the last token of their
         prompt, which each computes for itself), the row keeps its own to the end, and nothing is held twice.
         """
-        prefixes, node = self.memory.prefixes, request.node
+        shared, node = request.shared_tokens, request.node
         assert node, "a row that reads has found its prefix"
-        if prefixes.known(request.realm, ids) == request.shared_tokens:
-            request.node, request.shared_tokens = prefixes.insert(request.realm, ids, slots).node, len(ids)
-            prefixes.lock(request.node)
-            prefixes.unlock(node)
+        if further := self.memory.prefixes.extend(node, ids[shared:], slots[shared:]):
+            request.node, request.shared_tokens = further, len(ids)
 
     def _planned(self, decodes: Decodes, chunks: tuple[Chunk, ...]) -> Planned | None:
         if not len(decodes.rows) and not chunks:
