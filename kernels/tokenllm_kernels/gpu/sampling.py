@@ -26,7 +26,7 @@ GROUP = 32  # ids that share a maximum
 PASS = 128  # groups read at once
 SURVEY_WARPS = 8
 CHOOSE_WARPS = 16
-CHOOSE_REGISTERS = 64  # two programs to a multiprocessor
+REGISTERS = 64  # two programs that choose share a multiprocessor, four that survey
 BIASED = 1024  # biased and muted tokens of one request
 BAD_WORDS, BAD_WORD_TOKENS = 64, 8  # of one request, of more than one token
 RULE_WORDS = 14  # of a packed rule, before its bias: see `write_rules`
@@ -558,14 +558,14 @@ def sample_rows(
         t.bias_ids, t.bias_values, t.early_values, t.muted_until, t.bad_tokens, t.said, t.counts,
         w.adjusted, w.highest, w.best, w.mass, w.group_highest,
         VOCAB=vocab, BLOCK=block, BLOCKS=blocks, GROUP=GROUP, BIASED=BIASED,
-        BAD_WORDS=BAD_WORDS, BAD_WORD_TOKENS=BAD_WORD_TOKENS, num_warps=SURVEY_WARPS,
+        BAD_WORDS=BAD_WORDS, BAD_WORD_TOKENS=BAD_WORD_TOKENS, num_warps=SURVEY_WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     _choose[(n,)](
         logits, logits.stride(0), rows, positions, t.seed, *rule, t.said, t.counts, t.last_token,
         w.adjusted, w.highest, w.best, w.mass, w.group_highest, w.listed, out,
         VOCAB=vocab, BLOCK=block, BLOCKS=blocks, BLOCKS_PADDED=triton.next_power_of_2(blocks),
         GROUP=GROUP, PASS=PASS, GROUPS_PADDED=triton.next_power_of_2(blocks * block // GROUP),
-        GRAIN=_GRAIN[logits.dtype], BAD_WORD_TOKENS=BAD_WORD_TOKENS, num_warps=CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS,
+        GRAIN=_GRAIN[logits.dtype], BAD_WORD_TOKENS=BAD_WORD_TOKENS, num_warps=CHOOSE_WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
