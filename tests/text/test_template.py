@@ -146,6 +146,16 @@ def test_calls_and_contents_in_the_templates_own_way() -> None:
     assert template("{{ messages[0].tool_calls[0].function.arguments }}").render(broken) == '{"a'
 
 
+@pytest.mark.parametrize("levels", [100, 300, 500, 900, 5000])
+def test_arguments_of_any_depth_are_shown_or_refused(levels: int) -> None:
+    arguments = '{"a":' + "[" * levels + "]" * levels + "}"
+    chat = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+    try:
+        assert "[[[" in template("{{ messages[0].tool_calls[0].function.arguments | tojson }}").render(chat)
+    except TemplateError as error:
+        assert levels > 100 and "nested too deeply" in str(error)
+
+
 def test_reasoning_by_any_name() -> None:
     source = template("{{ messages[0].reasoning_content }}{{ messages[0].thinking }}")
     for name in ("reasoning_content", "reasoning", "thinking"):

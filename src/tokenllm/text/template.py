@@ -114,9 +114,12 @@ class ChatTemplate:
         if not template.shows_tools:
             tools = ()
         words = {**options.variables, "documents": list(options.documents), "tools": list(tools)}
-        unseen, mark = _unseen_in([turns, words])
-        turns = [_hidden_turn(turn, lambda text: hide(text, unseen)) for turn in turns]
-        words = veiled(words, lambda text: hide(text, unseen))
+        try:
+            unseen, mark = _unseen_in([turns, words])
+            turns = [_hidden_turn(turn, lambda text: hide(text, unseen)) for turn in turns]
+            words = veiled(words, lambda text: hide(text, unseen))
+        except RecursionError:  # arguments of tool calls are JSON of which nobody has counted the levels
+            raise TemplateError("arguments of tool calls are nested too deeply") from None
         if not options.continue_final_message:
             return Prompt(self._rendered(template, turns, words, options), unseen)
         text, turns[-1] = _left_open(turns[-1], mark)
