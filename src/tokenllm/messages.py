@@ -1,8 +1,8 @@
 """Everything that crosses a ring, and nothing else.
 
-    gateway ── A: Submit, Abort ──▶ scheduler ── B: Ready, Begin, Step, Refused ──▶ detokenizer
-       ▲                                                                                │
-       └──────────────────────────── C: Ready, Texts, Refused ──────────────────────────┘
+    gateway ── A: Submit, Abort ──▶ scheduler ── B: Ready, Begin, Vector, Step, Refused ──▶ detokenizer
+       ▲                                                                                        │
+       └──────────────────────────────── C: Ready, Texts, Refused ──────────────────────────────┘
 
 A uid names one choice of one request. Every `Submit` that enters ring A leaves ring C with exactly
 one last word: a `Delta` with a `Finish`, or a `Refused`. Token ids travel as raw little-endian int32.
@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
+Pooling: TypeAlias = Literal["mean", "last"]  # of the hidden states of which tokens a vector is made
 STILL_RUNNING = 0
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")  # Step.finished is 1 + the index here
 
@@ -51,7 +52,7 @@ class Telling(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Submit(Message, frozen=True):
-    """A gateway asks for one completion."""
+    """A gateway asks for one completion; or for the vector of a prompt, which ends when the prompt is read."""
 
     uid: int
     prompt: bytes  # int32 ids, at least one
@@ -66,6 +67,7 @@ class Submit(Message, frozen=True):
     priority: int = 0  # higher goes first
     stop_ids: tuple[int, ...] = ()  # end the completion beside the model's own, whatever `ignore_eos` says
     telling: Telling = Telling()
+    pooling: Pooling | None = None  # a vector is asked for: nothing is generated, whatever `max_tokens` says
 
 
 class Abort(Message, frozen=True):
@@ -117,6 +119,13 @@ class Step(Message, frozen=True):
     prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = {}  # uid → the next ones of its prompt; before all else here
 
 
+class Vector(Message, frozen=True):
+    """A part of a prompt's vector, which comes before its last word. The parts, in order, are all of it."""
+
+    uid: int
+    values: bytes  # little-endian float32; of any length, as a vector
+
+
 class Refused(Message, frozen=True):
     """The last word for a `Submit` that never ran. `status` is the HTTP status to answer with."""
 
@@ -150,7 +159,7 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):
     """New text of one uid. `tokens` ids stand behind it, also when they show no text yet. The first of `logprobs` are
-    the prompt's, where they were asked for.
+    the prompt's, where they were asked for. `vector` is a part of its vector, which may be empty.
     """
 
     uid: int
@@ -158,6 +167,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     tokens: int
     logprobs: tuple[TokenText, ...] = ()
     finish: Finish | None = None
+    vector: bytes = b""  # little-endian float32
 
 
 class Texts(Message, frozen=True):
@@ -167,7 +177,7 @@ class Texts(Message, frozen=True):
 
 
 Inbound: TypeAlias = Submit | Abort | GatewayLost  # ring A
-Midway: TypeAlias = Ready | Begin | Step | Refused  # ring B
+Midway: TypeAlias = Ready | Begin | Vector | Step | Refused  # ring B
 Outbound: TypeAlias = Ready | Texts | Refused  # ring C
 
 SLOT_BITS, INCARNATION_BITS, COUNTER_BITS = 8, 24, 32

@@ -7,11 +7,13 @@ import pytest
 
 from tokenllm.engine.batch import Plan, Sampled
 from tokenllm.memory.token_memory import TokenMemory
-from tokenllm.messages import Message, Sampling, Step, Submit
+from tokenllm.messages import FINISH_REASONS, Begin, Message, Sampling, Step, Submit, Vector
 from tokenllm.routing.conservative import WorstCase
 from tokenllm.routing.router import Router
 from tokenllm.scheduler.loop import Loop
 from tokenllm.scheduler.scheduler import Scheduler
+
+VECTOR = np.arange(9000, dtype=np.float32)
 
 
 class FakeRunner:
@@ -26,7 +28,8 @@ class FakeRunner:
         return plan
 
     def collect(self, flight: Plan) -> Sampled:
-        return Sampled(np.full(len(flight.sampling_rows), 5, np.int32))
+        vectors = {pooled.uid: VECTOR for _, _, pooled in flight.pooled() if pooled.ends}
+        return Sampled(np.full(len(flight.sampling_rows), 5, np.int32), vectors=vectors)
 
 
 class FakeRing:
@@ -66,3 +69,23 @@ def test_nobody_waits_when_it_sleeps(ahead: int, capacity: int) -> None:
     assert not books.rows.running
     told = [token for message in ring.sent if isinstance(message, Step) for token in message.counts]
     assert sum(told) == 15
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_vector_comes_in_parts_that_fit_any_ring_and_before_the_last_word(ahead: int) -> None:
+    prompt = np.arange(4, dtype="<i4").tobytes()
+    ring = FakeRing([Submit(7, prompt, 99, Sampling(seed=0), pooling="mean")])
+    books = Scheduler(
+        TokenMemory(8), Router(WorstCase(), None, 4), rows=4, max_positions=6, prefill_chunk_tokens=3,
+        most_chunks=8, most_context_tokens=999, max_queued_requests=9, max_queued_tokens=99, eos_ids=frozenset(),
+    )  # fmt: skip
+    loop = Loop(books, FakeRunner(ahead), [ring], ring, FakePage(), None)  # type: ignore[arg-type]
+    while loop.turn():
+        pass
+    begin, *parts, last_word = ring.sent
+    assert isinstance(begin, Begin) and isinstance(last_word, Step)
+    assert last_word == Step((7,), (0,), b"", (1 + FINISH_REASONS.index("stop"),), (0,))
+    values = [part.values for part in parts if isinstance(part, Vector) and part.uid == 7]
+    assert len(values) == len(parts) == 3 and all(len(value) <= 1 << 14 for value in values)
+    assert np.array_equal(np.frombuffer(b"".join(values), "<f4"), VECTOR)
+    assert not books.memory.active and not books.rows.running

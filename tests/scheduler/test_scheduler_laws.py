@@ -23,6 +23,7 @@ from tokenllm.messages import (
     Abort,
     Begin,
     GatewayLost,
+    Pooling,
     Refused,
     Sampling,
     Step,
@@ -54,9 +55,17 @@ def next_token(ids: Iterable[int], generated: Iterable[int]) -> int:
     return zlib.crc32(bytes(ids) + b"|" + bytes(generated)) % VOCAB
 
 
+def vector_of(submit: Submit) -> list[float]:
+    """How many tokens were pooled, and what their ids add up to, or that it is no number."""
+    ids = np.frombuffer(submit.prompt, "<i4")[0 if submit.pooling == "mean" else -1 :]
+    return [len(ids), float(ids.sum()) if ids.sum() % 5 else np.nan]
+
+
 def undisturbed(submit: Submit) -> tuple[list[int], str]:
     """What a request gives when it is alone in the world."""
     ids, out = list(np.frombuffer(submit.prompt, "<i4")), []
+    if submit.pooling:
+        return [], "stop" if np.isfinite(vector_of(submit)).all() else "error"
     while len(out) < submit.max_tokens:
         token = next_token(ids + out, out)
         if token == BROKEN:
@@ -76,6 +85,7 @@ class FakeRunner:
         self._memory = np.full(CAPACITY, -1)
         self._last = np.full(ROWS, -1)
         self._generated: dict[int, list[int]] = {}  # by row
+        self._pooled: dict[int, list[int]] = {}  # by row
 
     def launch(self, plan: Plan) -> Sampled:
         one_by_one = zip(plan.decodes.rows, plan.decodes.positions, plan.decodes.slots, strict=True)
@@ -83,7 +93,17 @@ class FakeRunner:
         tokens += [token for chunk in plan.chunks if (token := self._read(chunk)) is not None]
         self._last[plan.sampling_rows] = tokens
         asked = {place: logprob_of(token) for place, token in enumerate(tokens) if token % 3 == 0}
-        return Sampled(np.array([-1 if token == BROKEN else token for token in tokens], np.int32), asked)
+        tokens = np.array([-1 if token == BROKEN else token for token in tokens], np.int32)
+        return Sampled(tokens, asked, vectors=dict(self._pool(plan)))
+
+    def _pool(self, plan: Plan) -> Iterable[tuple[int, np.ndarray]]:
+        ids = np.concatenate([np.zeros(len(plan.decodes.rows), int), *(chunk.ids for chunk in plan.chunks)])
+        for places, row, pooled in plan.pooled():
+            before = [] if pooled.begins else self._pooled.pop(row)
+            self._pooled[row] = [*before, *ids[places].tolist()]
+            if pooled.ends:
+                whole = self._pooled.pop(row)
+                yield pooled.uid, np.array([len(whole), sum(whole) if sum(whole) % 5 else np.nan], np.float32)
 
     def collect(self, flight: Sampled) -> Sampled:
         return flight
@@ -167,6 +187,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.submits: dict[int, Submit] = {}
         self.ids: dict[int, list[int]] = {}
         self.ends: dict[int, list[str]] = {}
+        self.vectors: set[int] = set()  # whose were told
         self.unwanted: set[int] = set()
 
     @rule(
@@ -176,14 +197,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         tenant=st.sampled_from(["", "", "another"]),
         priority=st.sampled_from([0, 0, -5, 1 << 40]),
+        pooling=st.sampled_from([None, None, "mean", "last"]),
     )
     def submit(
-        self, prompt: list[int], max_tokens: int, gateway: int, ignore_eos: bool, tenant: str, priority: int
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        gateway: int,
+        ignore_eos: bool,
+        tenant: str,
+        priority: int,
+        pooling: Pooling | None,
     ) -> None:
         uid = make_uid(gateway, 1, len(self.submits))
         rules = Sampling(seed=0, temperature=0.0)
         ids = np.array(prompt, "<i4").tobytes()
-        submit = Submit(uid, ids, max_tokens, rules, ignore_eos=ignore_eos, tenant=tenant, priority=priority)
+        submit = Submit(
+            uid, ids, max_tokens, rules, ignore_eos=ignore_eos, tenant=tenant, priority=priority, pooling=pooling
+        )
         self.submits[uid], self.ids[uid], self.ends[uid] = submit, [], []
         self.hear(self.scheduler.accept(submit))
 
@@ -218,7 +249,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             if len(self.flights) > self.runner.ahead or (self.flights and not planned):
                 flight, settled = self.flights.popleft()
                 self.hear([self.scheduler.settle(settled, self.runner.collect(flight))])
+                self.hear_vectors(flight)
                 self.scheduler.took(settled, 0.01)
+
+    def hear_vectors(self, flight: Sampled) -> None:
+        """Who is told a vector ends with the same step, if it has not been aborted."""
+        for uid, vector in flight.vectors.items():
+            assert uid not in self.vectors and self.ends[uid]
+            self.vectors.add(uid)
+            assert np.array_equal(vector, vector_of(self.submits[uid]), equal_nan=True)
 
     def check_plan(self, planned: Planned) -> None:
         """Rows decode in their own order, who samples is somebody, prompts keep to the budget, all to their slots."""
@@ -295,6 +334,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert (self.ids[uid], ends[0]) == (ids, reason)
             if ends == ["abort"]:
                 assert uid in self.unwanted
+            elif ends != ["refused"] and self.submits[uid].pooling:
+                assert bool(ends) == (uid in self.vectors)
 
     def teardown(self) -> None:
         if hasattr(self, "scheduler"):
@@ -658,3 +699,27 @@ def test_who_is_paused_before_its_first_token_is_known_leaves_its_prompt_to_the_
     assert (books.memory.active, books.memory.cached) == (0, 10)
     assert books.settle(first, flight).uids == ()
     assert read(books, runner) == (1, {1: 0})
+
+
+def test_whose_vector_is_on_its_way_may_be_aborted() -> None:
+    books, runner = scheduler(), FakeRunner(0)
+    for uid in (1, 2):
+        books.accept(replace(request(uid, prompt=8), pooling="mean"))
+    planned = books.plan()
+    flight = runner.launch(planned.plan)
+    books.accept(Abort(1))
+    assert set(flight.vectors) == {1, 2}
+    assert books.settle(planned, flight) == Step((2,), (0,), b"", (FINISHED["stop"],), (0,))
+    assert books.memory.active == 0 and books.plan() is None
+
+
+def test_what_is_averaged_is_computed_anew_and_then_shared() -> None:
+    """The last token's vector needs but itself; of who asks for the mean others may still take what they can."""
+    books, runner = scheduler(prefill_chunk_tokens=99), FakeRunner(0)
+    computed = {}
+    for uid, pooling in enumerate(("mean", "mean", "last", None)):
+        books.accept(replace(request(0, max_tokens=1), uid=uid, pooling=pooling))
+        planned = books.plan()
+        computed[uid] = planned.plan.tokens
+        books.settle(planned, runner.collect(runner.launch(planned.plan)))
+    assert computed == {0: 10, 1: 10, 2: 1, 3: 1}

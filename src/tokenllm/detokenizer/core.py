@@ -22,6 +22,7 @@ from tokenllm.messages import (
     Texts,
     TokenLogprob,
     TokenText,
+    Vector,
     gateway_of,
 )
 from tokenllm.text.stream import TextStream, token_text
@@ -48,6 +49,8 @@ class Detokenizer:
                 telling = message.telling
                 self._begun[message.uid] = message, TextStream(self._decoder, telling.stop, telling.special_tokens)
                 return {}
+            case Vector(uid=uid, values=values):
+                return _by_gateway([Delta(uid, "", 0, vector=values)] if uid in self._begun else [])
             case Step():
                 return _by_gateway(self._deltas(message))
 

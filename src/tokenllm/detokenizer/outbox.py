@@ -57,16 +57,18 @@ def joined(earlier: Delta, later: Delta) -> Delta:
         tokens=earlier.tokens + later.tokens,
         logprobs=earlier.logprobs + later.logprobs,
         finish=later.finish,
+        vector=earlier.vector + later.vector,
     )
 
 
 def halves(delta: Delta) -> tuple[Delta, Delta]:
     """The same news in two: joined they are the delta again, and the last word stays last."""
-    assert len(delta.text) > 1 or len(delta.logprobs) > 1, "one token fits into the smallest ring"
-    text, logprobs = len(delta.text) // 2, len(delta.logprobs) // 2
+    parts = delta.text, delta.logprobs, delta.vector
+    assert any(len(part) > 1 for part in parts), "one token fits into the smallest ring"
+    text, logprobs, vector = (len(part) // 2 for part in parts)
     return (
-        Delta(delta.uid, delta.text[:text], delta.tokens, delta.logprobs[:logprobs]),
-        Delta(delta.uid, delta.text[text:], 0, delta.logprobs[logprobs:], delta.finish),
+        Delta(delta.uid, delta.text[:text], delta.tokens, delta.logprobs[:logprobs], None, delta.vector[:vector]),
+        Delta(delta.uid, delta.text[text:], 0, delta.logprobs[logprobs:], delta.finish, delta.vector[vector:]),
     )
 
 

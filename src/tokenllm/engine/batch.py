@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenllm.memory.token_slots import Slots
 from tokenllm_kernels import LogitsRule
 
-__all__ = ["Chunk", "Decodes", "Foretold", "LogitsRule", "Logprob", "Plan", "Sampled"]
+__all__ = ["Chunk", "Decodes", "Foretold", "LogitsRule", "Logprob", "Plan", "Pooled", "Sampled"]
 
 Column = NDArray[np.int32]
 
@@ -57,6 +57,16 @@ class Foretold:
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """Tokens of a prompt whose vector is asked for: the chunk's from `first` on."""
+
+    uid: int
+    first: int
+    begins: bool  # there are none before them
+    ends: bool  # nor after them
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Part of a prompt, or all of it: the tokens at positions start … start + len(slots) of a row. The prompt of a
     request that was paused ends with what it had generated.
@@ -72,6 +82,7 @@ class Chunk:
     prefix: Slots = field(default_factory=_no_slots)  # of all positions before `start`, where the row has adopted some
     generated: Column = field(default_factory=_no_slots)  # ids that the request itself has generated: penalties count
     foretold: Foretold | None = None
+    pooled: Pooled | None = None
 
     @property
     def tokens(self) -> int:
@@ -97,10 +108,20 @@ class Plan:
 
     def foretold(self) -> Iterator[tuple[int, Foretold]]:
         """What is asked of prompts, each with the place in the batch of the token that foretells the first."""
-        place = len(self.decodes.rows)
-        for chunk in self.chunks:
+        for place, chunk in self._places():
             if chunk.foretold:
                 yield place + chunk.foretold.first, chunk.foretold
+
+    def pooled(self) -> Iterator[tuple[slice, int, Pooled]]:
+        """What goes into vectors, each with its places in the batch and its row."""
+        for place, chunk in self._places():
+            if chunk.pooled:
+                yield slice(place + chunk.pooled.first, place + chunk.tokens), chunk.row, chunk.pooled
+
+    def _places(self) -> Iterator[tuple[int, Chunk]]:
+        place = len(self.decodes.rows)
+        for chunk in self.chunks:
+            yield place, chunk
             place += chunk.tokens
 
     @cached_property
@@ -119,8 +140,12 @@ class Logprob:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a step chose, in the order of `Plan.sampling_rows`. Token -1: the model's output was not a number."""
+    """What a step chose, in the order of `Plan.sampling_rows`. Token -1: the model's output was not a number.
+
+    A vector is the sum of the hidden states that were pooled, so it points where their mean does.
+    """
 
     tokens: Column
     logprobs: Mapping[int, Logprob] = field(default_factory=dict)  # place → of a row that asked
     foretold: Mapping[int, Sequence[tuple[int, Logprob]]] = field(default_factory=dict)  # uid → tokens of its prompt
+    vectors: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)  # uid → [hidden], of prompts that end

@@ -18,14 +18,15 @@ from torch import Tensor
 from tokenllm.engine.batch import Chunk, Foretold, Logprob, Plan, Sampled, SharedPrefix
 from tokenllm.engine.device_step import DeviceStep
 from tokenllm.engine.graphs import Graphs, StepShape
-from tokenllm.engine.runner import FORETOLD_AT_ONCE, list_logprobs
+from tokenllm.engine.pooling import Pools
+from tokenllm.engine.runner import FORETOLD_AT_ONCE, as_arrays, list_logprobs
 from tokenllm.models.weights import Progress
 from tokenllm_kernels import top_logprobs
 from tokenllm_kernels.gpu.device import on_compilation
 from tokenllm_kernels.gpu.inputs import CONTEXT_ALIGNMENT, COUNTS, StepLayout
 from tokenllm_kernels.gpu.prefill_hopper import BLOCK_M
-from tokenllm_kernels.gpu.shared_prefix import write_prefixes
 from tokenllm_kernels.gpu.sampling import RULE_WORDS, set_generated, set_rules, write_rules
+from tokenllm_kernels.gpu.shared_prefix import write_prefixes
 
 Words = NDArray[np.int32]
 
@@ -92,6 +93,7 @@ class CudaFlight:
     rows: int
     logprobs: AskedLogprobs | None
     foretold: list[AskedForetold]
+    vectors: dict[int, Tensor]
 
 
 class CudaRunner:
@@ -106,6 +108,7 @@ class CudaRunner:
         self._stagings = [Staging(step.layout, step.words, prefix_words) for _ in range(self.ahead + 1)]
         self._prefixes: tuple[SharedPrefix, ...] = ()  # that the device knows of
         self._logprobs: dict[int, int] = {}  # row → alternatives, of rows that asked
+        self._pools = Pools()
         with torch.inference_mode():
             self._graphs = Graphs(step, kv, progress)
 
@@ -139,13 +142,14 @@ class CudaRunner:
         self._adopt(plan.chunks)
         self._graphs.body(shape)
         foretold = [self._foretell(first, asked) for first, asked in plan.foretold()]
+        vectors = self._pools.add(self._step.prompt_hidden, plan)
         if shape.samples:
             self._remember([chunk for chunk in plan.chunks if chunk.samples])
             self._graphs.head(shape.samples)
             staging.fetch(self._step.tokens)
         logprobs = self._ask_logprobs(plan)
         staging.done.record()
-        return CudaFlight(staging, shape.samples, logprobs, foretold)
+        return CudaFlight(staging, shape.samples, logprobs, foretold, vectors)
 
     def _foretell(self, first: int, asked: Foretold) -> AskedForetold:
         """Always so many tokens at once: less memory, and no shape that would be a new one. The last may repeat."""
@@ -256,7 +260,8 @@ class CudaRunner:
         flight.staging.wait()
         tokens = flight.staging.tokens[: flight.rows].copy()
         foretold = {asked.uid: _foretold(asked) for asked in flight.foretold}
-        return Sampled(tokens, _logprobs(flight.logprobs) if flight.logprobs else {}, foretold)
+        logprobs = _logprobs(flight.logprobs) if flight.logprobs else {}
+        return Sampled(tokens, logprobs, foretold, as_arrays(flight.vectors))
 
 
 def _foretold(asked: AskedForetold) -> list[tuple[int, Logprob]]:

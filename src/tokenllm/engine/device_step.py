@@ -76,7 +76,7 @@ class DeviceStep:
         self.tokens = torch.empty(limits.rows, dtype=torch.int32, device=device)
         self.logits = torch.empty(limits.rows, decoder.vocab_size, dtype=decoder.dtype, device=device)
         self._hidden = torch.empty(limits.rows, decoder.embedding.shape[1], dtype=decoder.dtype, device=device)
-        self._prompt_hidden = torch.zeros(limits.tokens, self._hidden.shape[1], dtype=decoder.dtype, device=device)
+        self.prompt_hidden = torch.zeros(limits.tokens, self._hidden.shape[1], dtype=decoder.dtype, device=device)
         self._workspace = SamplingWorkspace.empty(limits.rows, decoder.vocab_size, device)
         self._samples = SampleInputs.empty(limits.rows, device)
         self._inputs = StepInputs.empty(limits.tokens, device)
@@ -133,11 +133,11 @@ class DeviceStep:
         x = decoder.hidden(inputs.ids, inputs.positions, inputs.slots, kv, attend)
         torch.index_select(x, 0, self._samples.places[:samples], out=self._hidden[:samples])
         if chunks:
-            self._prompt_hidden[:tokens].copy_(x)
+            self.prompt_hidden[:tokens].copy_(x)
 
     def logits_at(self, places: Tensor) -> Tensor:
         """Of these tokens of the newest body, which read prompts."""
-        return self.decoder.logits(self._prompt_hidden.index_select(0, places))
+        return self.decoder.logits(self.prompt_hidden.index_select(0, places))
 
     def head(self, samples: int) -> None:
         """Logits and tokens of the first `samples` rows that sample, or are padding."""

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenllm.engine.batch import Chunk, Decodes, Foretold, Logprob, Plan, Sampled
+from tokenllm.engine.batch import Chunk, Decodes, Foretold, Logprob, Plan, Pooled, Sampled
+from tokenllm.engine.pooling import Pools
 from tokenllm.models.decoder import Decoder
 from tokenllm_kernels import LogitsRule, attention, plan_attention, sample, top_logprobs
 
@@ -74,6 +75,7 @@ class Flight:
     tokens: Tensor  # [rows]
     logits: Tensor  # [rows, vocab]
     foretold: dict[int, list[tuple[int, Logprob]]]
+    vectors: dict[int, Tensor]
 
 
 def all_of(decodes: int, prompt_tokens: int) -> int:
@@ -101,6 +103,7 @@ class CpuRunner:
         self._index = torch.full((rows, max_positions), slots, dtype=torch.int32)  # [row, position] → slot
         self._last_token = torch.zeros(rows, dtype=torch.int64)
         self._wishes: dict[int, Wish] = {}  # by row
+        self._pools = Pools()
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Flight:
@@ -122,7 +125,7 @@ class CpuRunner:
         wishes = [self._wishes[row] for row in plan.sampling_rows.tolist()]
         tokens = self._sample(logits, wishes, positions[last] + 1)
         self._last_token[plan.sampling_rows] = tokens
-        return Flight(tuple(wish.logprobs for wish in wishes), tokens, logits, foretold)
+        return Flight(tuple(wish.logprobs for wish in wishes), tokens, logits, foretold, self._pools.add(x, plan))
 
     def _foretell(self, x: Tensor, plan: Plan) -> Iterator[tuple[int, list[tuple[int, Logprob]]]]:
         """Of so few tokens at a time that the memory it takes is no matter."""
@@ -159,7 +162,12 @@ class CpuRunner:
 
     @torch.inference_mode()
     def collect(self, flight: Flight) -> Sampled:
-        return Sampled(flight.tokens.numpy().astype(np.int32), _logprobs(flight), flight.foretold)
+        tokens = flight.tokens.numpy().astype(np.int32)
+        return Sampled(tokens, _logprobs(flight), flight.foretold, as_arrays(flight.vectors))
+
+
+def as_arrays(vectors: dict[int, Tensor]) -> dict[int, NDArray[np.float32]]:
+    return {uid: vector.numpy() for uid, vector in vectors.items()}
 
 
 def _end_to_end(*parts: NDArray[np.integer]) -> Tensor:
@@ -196,7 +204,9 @@ def warm_up(runner: Runner[Any], tokens: int, rule: LogitsRule, logprobs: int | 
     slots, row = np.arange(tokens, dtype=np.int32), np.zeros(1, np.int32)
     ids = np.zeros(tokens - 1, np.int32)
     foretold = Foretold(0, 0, ids[1:FORETOLD_AT_ONCE], logprobs or 0) if len(ids) > 1 else None
-    prompt = Plan(Decodes.none(), (Chunk(0, 0, slots[:-1], ids, True, rule, logprobs, foretold=foretold),))
+    pooled = Pooled(0, 0, begins=True, ends=True)
+    chunk = Chunk(0, 0, slots[:-1], ids, True, rule, logprobs, foretold=foretold, pooled=pooled)
+    prompt = Plan(Decodes.none(), (chunk,))
     decode = Plan(Decodes(row, row + len(ids), slots[-1:]))
     for plan in (prompt, decode) if tokens > 1 else ():
         runner.collect(runner.launch(plan))

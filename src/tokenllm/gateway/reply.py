@@ -88,6 +88,7 @@ class Said(msgspec.Struct, frozen=True):
     text: str
     logprobs: tuple[TokenText, ...]
     finish: Finish | None
+    vector: bytes = b""  # little-endian float32
 
 
 def joined(deltas: Iterable[tuple[int, Delta]]) -> list[Said]:
@@ -100,7 +101,8 @@ def joined(deltas: Iterable[tuple[int, Delta]]) -> list[Said]:
 
 def _said(index: int, deltas: list[Delta]) -> Said:
     logprobs = tuple(logprob for delta in deltas for logprob in delta.logprobs)
-    return Said(index, "".join(delta.text for delta in deltas), logprobs, deltas[-1].finish)
+    text, vector = "".join(delta.text for delta in deltas), b"".join(delta.vector for delta in deltas)
+    return Said(index, text, logprobs, deltas[-1].finish, vector)
 
 
 async def whole(reply: Reply) -> list[Said]:

@@ -2,12 +2,13 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 from tokenllm.counters import Page
+from tokenllm.engine.batch import Sampled
 from tokenllm.engine.runner import Runner
-from tokenllm.messages import Begin, GatewayLost, Inbound, Midway, Ready
+from tokenllm.messages import Begin, GatewayLost, Inbound, Midway, Ready, Vector
 from tokenllm.ring import Receiver, RingCorrupt, RingFull, Sender, wait_for_any
 from tokenllm.scheduler.history import History
 from tokenllm.scheduler.scheduler import Planned, Scheduler
@@ -16,6 +17,7 @@ Flight = TypeVar("Flight")
 
 RING_B_RETRY_S = 0.001
 BYTES_PER_ID = 4
+VECTOR_PART_BYTES = 1 << 14  # the smallest ring takes a frame of twice as many
 
 
 class Loop(Generic[Flight]):
@@ -83,7 +85,8 @@ class Loop(Generic[Flight]):
 
     def _collect(self) -> None:
         flight, planned, began = self._flights.popleft()
-        step = self._scheduler.settle(planned, self._runner.collect(flight))
+        sampled = self._runner.collect(flight)
+        step = self._scheduler.settle(planned, sampled)
         now = time.monotonic()
         self._scheduler.took(planned, now - max(began, self._collected_s))
         self._collected_s = now
@@ -92,6 +95,8 @@ class Loop(Generic[Flight]):
         self._page.add("tokenllm_generation_tokens_total", len(step.ids) // BYTES_PER_ID)
         self._page.observe("tokenllm_step_seconds", now - began)
         self._page.set("tokenllm_last_step_monotonic_seconds", now)
+        for vector in _vectors(sampled):
+            send_when_room(self._outbox, vector)
         if step.uids or step.prompt_logprobs:
             send_when_room(self._outbox, step)
 
@@ -110,6 +115,14 @@ class Loop(Generic[Flight]):
         page.set("tokenllm_requests_running", scheduler.rows.running)
         page.set("tokenllm_requests_waiting", len(scheduler.waiting))
         page.set("tokenllm_predicted_peak_tokens", scheduler.predicted_peak)
+
+
+def _vectors(sampled: Sampled) -> Iterator[Vector]:
+    """Also of those who were aborted meanwhile: nobody listens for them any more."""
+    for uid, vector in sampled.vectors.items():
+        values = vector.astype("<f4").tobytes()
+        for start in range(0, len(values), VECTOR_PART_BYTES):
+            yield Vector(uid, values[start : start + VECTOR_PART_BYTES])
 
 
 def send_when_room(outbox: Sender[Midway], message: Midway) -> None:

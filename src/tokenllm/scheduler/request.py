@@ -4,7 +4,7 @@ import zlib
 
 import numpy as np
 
-from tokenllm.engine.batch import Chunk, Column, Foretold, LogitsRule
+from tokenllm.engine.batch import Chunk, Column, Foretold, LogitsRule, Pooled
 from tokenllm.memory.prefix_tree import Node, Realm
 from tokenllm.memory.token_slots import Slots
 from tokenllm.messages import Sampling, Submit
@@ -21,7 +21,8 @@ class Request:
         self.uid = submit.uid
         self.prompt = np.frombuffer(submit.prompt, dtype="<i4")
         self.text: Column = self.prompt  # what it reads before it decodes; after a pause also what it had generated
-        self.max_tokens = submit.max_tokens
+        self._pooling = submit.pooling
+        self.max_tokens = 1 if submit.pooling else submit.max_tokens  # who wants a vector ends where others begin
         self.ignore_eos = submit.ignore_eos
         self.stop_ids = frozenset(submit.stop_ids)
         self.logprobs, self._prompt_logprobs = sampling.logprobs, sampling.prompt_logprobs
@@ -56,7 +57,9 @@ class Request:
 
     @property
     def adoptable(self) -> Column:
-        """What of its text may have been computed by others: not what is to foretell its prompt."""
+        """What of its text may have been computed by others: not what is to foretell its prompt, or is averaged."""
+        if self._pooling == "mean":
+            return self.text[:0]
         foretells = self._prompt_logprobs is not None and self._foretold < len(self.prompt)
         return self.text[: self._foretold - 1] if foretells else self.text
 
@@ -68,13 +71,23 @@ class Request:
         self._foretold = last
         return Foretold(self.uid, first - 1 - start, self.prompt[first:last], self._prompt_logprobs)
 
+    def _pooled(self, start: int, end: int) -> Pooled | None:
+        """Which tokens of a chunk its vector is made of."""
+        ends = end == len(self.prompt)
+        match self._pooling:
+            case "mean":
+                return Pooled(self.uid, 0, begins=start == 0, ends=ends)
+            case "last" if ends:
+                return Pooled(self.uid, end - start - 1, begins=True, ends=True)
+        return None
+
     def chunk(self, row: int, start: int, slots: Slots, prefix: Slots) -> Chunk:
         """The tokens of its text from `start` on, as many as there are slots."""
         end = start + len(slots)
         generated = self.text[len(self.prompt) :]
-        samples = end == len(self.text)
-        ids, foretold = self.text[start:end], self._foretell(start, end)
-        return Chunk(row, start, slots, ids, samples, self.rule, self.logprobs, prefix, generated, foretold)
+        samples = end == len(self.text) and self._pooling is None
+        ids, foretold, pooled = self.text[start:end], self._foretell(start, end), self._pooled(start, end)
+        return Chunk(row, start, slots, ids, samples, self.rule, self.logprobs, prefix, generated, foretold, pooled)
 
 
 def _rule(sampling: Sampling, prompt: Column) -> LogitsRule:

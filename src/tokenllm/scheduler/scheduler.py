@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from tokenllm.engine.batch import Chunk, Column, Decodes, Plan, Sampled
@@ -147,7 +148,7 @@ class Scheduler:
 
     def _look(self, request: Request) -> tuple[int, int]:
         """What would be left to compute if it were admitted now, and what of the rest others hold anyway."""
-        look = self.memory.prefixes.look(request.realm, request.text)
+        look = self.memory.prefixes.look(request.realm, request.adoptable)
         return len(request.text) - look.cached, look.active
 
     def _abort(self, uids: Iterable[int]) -> list[Begin | Refused | Step]:
@@ -279,6 +280,7 @@ class Scheduler:
     def _chunks(self, budget: int) -> Iterable[Chunk]:
         """The next parts of texts, in the policy's order: so many tokens, texts and contexts in one step."""
         left, context = self._most_chunks, self._most_context_tokens
+        budget = min(budget, self._prefill_chunk_tokens)
         for request in self._in_reading_order():
             row = request.row
             assert row is not None, "who reads has a row"
@@ -353,7 +355,7 @@ class Scheduler:
         ended = finished.nonzero()[0]
         for place in ended[self.rows.stays[rows[ended]].argsort()]:  # in this order the policy learns from them
             self._finish(self._requests[uids[place]], broken=bool(tokens[place] < 0))
-        return Step(
+        step = Step(
             uids=uids,
             counts=tuple(valid.view(np.int8).tolist()),
             ids=tokens[valid].tobytes(),
@@ -361,6 +363,22 @@ class Scheduler:
             cached_tokens=cached,
             logprobs=_logprobs(planned.uids, sampled, lives) if sampled.logprobs else {},
             prompt_logprobs=_prompt_logprobs(sampled) if sampled.foretold else {},
+        )
+        return self._with_vectors(step, sampled) if sampled.vectors else step
+
+    def _with_vectors(self, step: Step, sampled: Sampled) -> Step:
+        """The same, in which those end too whose vectors are whole, unless they were aborted meanwhile."""
+        ended = [self._requests[uid] for uid in sampled.vectors if uid in self._requests]
+        valid = [bool(np.isfinite(sampled.vectors[request.uid]).all()) for request in ended]
+        cached = [int(self.rows.cached[request.row]) for request in ended]
+        for request, is_valid in zip(ended, valid, strict=True):
+            self._finish(request, broken=not is_valid)
+        return replace(
+            step,
+            uids=(*step.uids, *(request.uid for request in ended)),
+            counts=(*step.counts, *(0 for _ in ended)),
+            finished=(*step.finished, *(FINISHED["stop" if is_valid else "error"] for is_valid in valid)),
+            cached_tokens=(*step.cached_tokens, *cached),
         )
 
     def took(self, planned: Planned, seconds: float) -> None:
