@@ -21,7 +21,7 @@ TOKENLLM = $(PIP) --no-build-isolation -e
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help serve test test-slow check load load-gateway bench-cpu bench-ring bench-host bench-gpu router-report lock clean
+.PHONY: help serve test test-slow test-clients check load load-gateway bench-cpu bench-ring bench-host bench-gpu router-report lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -32,10 +32,13 @@ serve: $(VENV)/.serve ## install what is missing, then serve MODEL (default: the
 	$(BIN)/tokenllm serve $(strip $(MODEL) --port $(PORT) $(ARGS))
 
 test: check ## the checks, then every fast test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not clients"
 
 test-slow: $(VENV)/.test ## the tests that take seconds to minutes each
 	$(BIN)/python -m pytest -m slow
+
+test-clients: $(VENV)/.test ## other people's clients against a real server, each in an environment of its own in .venv-clients
+	$(BIN)/python -m pytest tests/clients
 
 check: $(VENV)/.test ## format, lint, types, floors, compose file
 	$(BIN)/ruff format --check
@@ -76,7 +79,7 @@ lock: ## resolve every dependency anew and write constraints.txt (with the oldes
 	rm -rf $(VENV)-lock
 
 clean: ## remove the environment and every cache in this folder (downloaded models stay)
-	rm -rf $(VENV) $(VENV)-lock build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-lock .venv-clients build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:
