@@ -4,7 +4,7 @@ A running request computes `unread` tokens before its next one is sampled: its p
 it had generated too), then just its newest token. So it holds `prompt + generated - unread` tokens of KV memory.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,11 +32,10 @@ class Columns:
         return len(self.uid)
 
     def take(self, places: Ints) -> "Columns":
-        return Columns(*(getattr(self, field.name)[places] for field in fields(self)))
+        return Columns(*[column[places] for column in vars(self).values()])
 
     def then(self, others: "Columns") -> "Columns":
-        pairs = ((getattr(self, field.name), getattr(others, field.name)) for field in fields(self))
-        return Columns(*(np.concatenate(pair) for pair in pairs))
+        return Columns(*map(np.concatenate, zip(vars(self).values(), vars(others).values(), strict=True)))
 
     @property
     def whole(self) -> Ints:
@@ -47,6 +46,11 @@ class Columns:
     def held(self) -> Ints:
         """The slots that come free if it leaves."""
         return self.whole - self.unread
+
+    @property
+    def most(self) -> Ints:
+        """The slots each will have paid for if it generates all it may."""
+        return self.prompt + self.max_tokens - self.shared
 
     @property
     def decodes(self) -> NDArray[np.bool_]:

@@ -28,20 +28,25 @@ class LearnedPace(Pace):
         super().__init__(step, held, decode, read, TARGET_S, least, most_chunk)
         self._products, self._sums = np.zeros((4, 4)), np.zeros(4)
         self._found, self._count = GUESS, 0
+        self._steps: list[tuple[float, ...]] = []  # seconds and load of those that the sums do not contain yet
 
     def took(self, seconds: float, held: int, decodes: int, read: int) -> None:
         """A step in which so many streams, who held so many tokens, and so many prompt tokens were computed."""
-        load = np.array([1.0, held, decodes, read]) / UNITS
-        if self._count > WINDOW / 8:
-            seconds = min(seconds, LATE * float(load @ self._found))
-        fade = 1 - 1 / WINDOW
-        self._products = fade * self._products + np.outer(load, load)
-        self._sums = fade * self._sums + load * seconds
+        self._steps.append((seconds, 1.0, held, decodes, read))
         self._count += 1
-        if self._count % FITTED_EVERY == 0 or self._count < FITTED_EVERY:
+        if len(self._steps) == FITTED_EVERY or self._count < FITTED_EVERY:
             self._fit()
 
     def _fit(self) -> None:
+        seconds, loads = np.split(np.array(self._steps), [1], 1)
+        loads /= UNITS
+        if self._count > WINDOW / 8:
+            seconds = np.minimum(seconds, LATE * (loads @ self._found)[:, None])
+        fades = (1 - 1 / WINDOW) ** np.arange(len(self._steps))[::-1, None]
+        fade = fades[0] * (1 - 1 / WINDOW)
+        self._products = fade * self._products + loads.T @ (fades * loads)
+        self._sums = fade * self._sums + (fades * seconds * loads).sum(0)
+        self._steps = []
         self._found = _least_squares(self._products + FAITH * np.eye(4), self._sums + FAITH * GUESS)
         step, held, decode, read = np.maximum(self._found / UNITS, [SHORTEST_S, 0, 0, SHORTEST_S]).tolist()
         self.step_s, self.per_held_s, self.per_decode_s, self.per_read_s = step, held, decode, read

@@ -13,6 +13,7 @@ from tokenllm.routing.columns import Floats, Ints
 
 FINE = 64  # up to here every length has a bin of its own; then each is 1.5 % wider than the last
 LOOKED_UP = 1 << 17  # longer ones share the last bin
+FRESH = 1 / 64  # of the answers that were learned from may be missing in the table, up to so much of a WINDOW
 WINDOW = 1000  # finishes after which a sample weighs 1/e of a new one
 LEAN = 12.0  # as many samples as a parent's word counts
 PRIOR = 2.0  # the same of the guess before anything is known
@@ -57,7 +58,7 @@ class Lengths:
         self._longest = [0]
         self._ended = np.zeros((8, BINS))
         self._weight = 1.0  # of a new sample: growing weights make old ones fade
-        self._stale = True
+        self._stale, self._unseen = True, 0  # answers that are not in the table yet
         self.table: Floats = np.ones((1, BINS))
         self.mean: Floats = np.ones(1)
 
@@ -100,7 +101,8 @@ class Lengths:
         if self._weight > 1e6:
             self._ended /= self._weight
             self._weight = 1.0
-        self._stale = True
+        self._unseen += 1
+        self._stale |= self._unseen >= FRESH * min(self.learned, WINDOW)
 
     def refresh(self, kinds: Ints, generated: Ints) -> None:
         """Bring `table` and `mean` up to date, those who run having got so far."""
@@ -116,7 +118,7 @@ class Lengths:
         survival[:, 1:] = np.cumprod(1 - hazard, 1)
         self.table = np.where(WIDTHS > 1, (survival[:, :-1] + survival[:, 1:]) / 2, survival[:, :-1])
         self.mean = (self.table * WIDTHS).sum(1)
-        self._stale = False
+        self._stale, self._unseen = False, 0
 
     def _hazard(self, ended: Floats, running: Floats) -> Floats:
         at_risk = (ended + running)[:, ::-1].cumsum(1)[:, ::-1]

@@ -49,6 +49,8 @@ class TokenLLM(ShortestService):
         return np.maximum(1.0, np.minimum(self.lengths.mean[waiting.kind], waiting.max_tokens) - waiting.generated)
 
     def admits(self, running: Columns, candidates: Columns, room: float) -> int:
+        if running.most.sum() + candidates.most.sum() <= room:
+            return len(candidates)  # however long their answers get
         mean, variance = self.ahead(running.then(candidates))
         count, all_one = len(running), np.ones(len(running))
         means = all_one @ mean[:count] + mean[count:].cumsum(0)
