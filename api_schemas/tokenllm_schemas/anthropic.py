@@ -45,6 +45,9 @@ class TextBlock(RequestBody):
     text: str
 
 
+TextBlocks: TypeAlias = Annotated[list[TextBlock], Field(fail_fast=True)]
+
+
 class ToolUseBlock(RequestBody):
     """The assistant asked for a tool."""
 
@@ -59,7 +62,7 @@ class ToolResultBlock(RequestBody):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: Annotated[str | list[TextBlock], one_of("a string or a list of text blocks")] = ""
+    content: Annotated[str | TextBlocks, one_of("a string or a list of text blocks")] = ""
 
 
 class ThinkingBlock(RequestBody):
@@ -69,11 +72,12 @@ class ThinkingBlock(RequestBody):
 
 
 Block: TypeAlias = Annotated[TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock, Field(discriminator="type")]
+Blocks: TypeAlias = Annotated[list[Block], Field(fail_fast=True)]
 
 
 class Turn(RequestBody):
     role: Literal["user", "assistant"]
-    content: Annotated[str | list[Block], one_of("a string or a list of blocks")]
+    content: Annotated[str | Blocks, one_of("a string or a list of blocks")]
 
     def as_chat(self) -> Iterator[dict[str, Any]]:
         """Results of tools are messages of their own there, and uses of tools are not content."""
@@ -111,9 +115,11 @@ class CountTokensRequest(RequestBody):
     """POST /v1/messages/count_tokens"""
 
     model: str
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
-    system: Annotated[str | list[TextBlock], one_of("a string or a list of text blocks")] | None = None
-    tools: list[Tool] | None = Field(default=None, description="Shown to a model whose template knows of tools.")
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    system: Annotated[str | TextBlocks, one_of("a string or a list of text blocks")] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(
+        default=None, description="Shown to a model whose template knows of tools."
+    )
     tool_choice: ToolChoice | None = None
 
     def as_chat(self) -> ChatCompletionRequest:

@@ -1,7 +1,8 @@
 """What clients may ask: the bodies of the POST endpoints, with the range of every number.
 
 Fields unknown to this file are ignored. A field that would change the answer, but is not honoured yet, is declared
-with the values that ask for nothing; any other value is refused, since ignoring it would break a promise.
+with the values that ask for nothing; any other value is refused, since ignoring it would break a promise. Lists fail
+with their first wrong item, objects of too many keys unread: to tell of a million mistakes takes seconds and gigabytes.
 """
 
 import reprlib
@@ -33,7 +34,7 @@ MAX_STOP_IDS = 64
 MAX_LOGPROBS = 20
 MAX_BIASED_TOKENS = 512  # that logit_bias, allowed_token_ids and bad_words name together
 MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH = 64, 128
-MAX_METADATA = 16
+MAX_METADATA, MAX_TEMPLATE_VARIABLES = 16, 128
 USUAL_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
 
 
@@ -61,6 +62,18 @@ def one_of(meaning: LiteralString) -> WrapValidator:
             if any(detail["type"] not in SHAPE_ERRORS for detail in error.errors()):
                 raise
             raise PydanticCustomError("union", "must be " + meaning) from None
+
+    return WrapValidator(check)
+
+
+def at_most(entries: int) -> WrapValidator:
+    """For objects of any keys: they are counted before they are read, and all that is wrong in them is told."""
+
+    def check(value: object, handler: Any) -> object:
+        if isinstance(value, dict) and len(value) > entries:
+            message = "may have at most {most} entries, not {got}"
+            raise PydanticCustomError("too_long", message, {"most": entries, "got": len(value)})
+        return handler(value)
 
     return WrapValidator(check)
 
@@ -94,12 +107,16 @@ Logprobs: TypeAlias = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenKey: TypeAlias = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$", description="A token id.")]
 LogitBias: TypeAlias = Annotated[
-    dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASED_TOKENS)
+    dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASED_TOKENS),
+    at_most(MAX_BIASED_TOKENS),
 ]
 BadWord: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_LENGTH)]
 ServiceTier: TypeAlias = Literal["auto", "default", "flex", "scale", "priority", "fast"]
 Metadata: TypeAlias = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=MAX_METADATA)
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=MAX_METADATA),
+    at_most(MAX_METADATA),
 ]
 Truncation: TypeAlias = Annotated[
     int, Field(ge=-1, le=INT32_MAX, description="Keep so many tokens of the prompt's end; -1: what the context holds.")
@@ -110,18 +127,22 @@ Stop: TypeAlias = Annotated[
     one_of("a string or a list of strings"),
 ]
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
-TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds: TypeAlias = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt: TypeAlias = Annotated[
     Text
-    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     | TokenIds
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)],
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)],
     one_of("a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty"),
 ]
 
 
 TemplateValue: TypeAlias = Annotated[
-    bool | int | float | str | list[str] | None, one_of("true, false, null, a number, a string or a list of strings")
+    bool | int | float | str | Annotated[list[str], Field(fail_fast=True)] | None,
+    one_of("true, false, null, a number, a string or a list of strings"),
+]
+TemplateVariables: TypeAlias = Annotated[
+    dict[str, TemplateValue], Field(max_length=MAX_TEMPLATE_VARIABLES), at_most(MAX_TEMPLATE_VARIABLES)
 ]
 
 
@@ -140,6 +161,9 @@ class ContentPart(RequestBody):
     refusal: str | None = None
 
 
+Parts: TypeAlias = Annotated[list[ContentPart], Field(fail_fast=True)]
+
+
 class FunctionCall(RequestBody):
     name: str
     arguments: Annotated[str | dict[str, Any], one_of("JSON in a string")]
@@ -155,10 +179,10 @@ class ChatMessage(RequestBody):
     """One turn. `developer` is another word for `system`, and `function` for `tool`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[str | list[ContentPart], one_of("a string or a list of text parts")] | None = None
+    content: Annotated[str | Parts, one_of("a string or a list of text parts")] | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     function_call: FunctionCall | None = Field(default=None, description="Deprecated: use tool_calls.")
     reasoning_content: str | None = None
     reasoning: str | None = Field(default=None, description="Another word for reasoning_content.")
@@ -175,6 +199,9 @@ class ChatMessage(RequestBody):
         return self.tool_calls or ([ToolCall(function=self.function_call)] if self.function_call else [])
 
 
+Messages: TypeAlias = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class FunctionDefinition(RequestBody):
     name: Annotated[str, Field(min_length=1, max_length=MAX_FUNCTION_NAME)]
     description: str | None = None
@@ -187,17 +214,26 @@ class ChatTool(RequestBody):
     function: FunctionDefinition
 
 
+Tools: TypeAlias = Annotated[
+    list[ChatTool], Field(max_length=MAX_TOOLS, fail_fast=True), WrapValidator(functions_as_written)
+]
+Functions: TypeAlias = Annotated[
+    list[FunctionDefinition], Field(max_length=MAX_TOOLS, fail_fast=True), WrapValidator(as_written)
+]
+
+
 class TemplateFields(RequestBody):
     """What a chat template is given besides the messages."""
 
-    tools: Annotated[list[ChatTool], WrapValidator(functions_as_written), Field(max_length=MAX_TOOLS)] | None = Field(
-        default=None, description="Shown to the model if its chat template knows tools."
-    )
+    tools: (
+        Annotated[list[ChatTool], Field(max_length=MAX_TOOLS, fail_fast=True), WrapValidator(functions_as_written)]
+        | None
+    ) = Field(default=None, description="Shown to the model if its chat template knows tools.")
     documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, TemplateValue] | None = Field(
+    chat_template_kwargs: TemplateVariables | None = Field(
         default=None, description="Variables of the chat template; those it does not mention are ignored."
     )
     chat_template: Annotated[Any, only()] = None
@@ -321,13 +357,14 @@ class ChatCompletionRequest(TemplateFields, Generation):
 
     prompt_field = "messages"
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
-    functions: Annotated[list[FunctionDefinition], WrapValidator(as_written), Field(max_length=MAX_TOOLS)] | None = (
-        Field(default=None, description="Deprecated: use tools.")
-    )
+    functions: (
+        Annotated[list[FunctionDefinition], Field(max_length=MAX_TOOLS, fail_fast=True), WrapValidator(as_written)]
+        | None
+    ) = Field(default=None, description="Deprecated: use tools.")
 
     tool_choice: Annotated[Any, only("none", "auto")] = None
     function_call: Annotated[Any, only("none", "auto")] = None
@@ -412,7 +449,7 @@ class TokenizeRequest(TemplateFields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
@@ -427,7 +464,7 @@ class DetokenizeRequest(RequestBody):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 Body = TypeVar("Body", bound=RequestBody)

@@ -47,8 +47,9 @@ class ItemPart(RequestBody):
         return (self.refusal if self.type == "refusal" else self.text) or ""
 
 
+Parts: TypeAlias = Annotated[list[ItemPart], Field(fail_fast=True)]
 Content: TypeAlias = Annotated[
-    Annotated[str, Tag("a string")] | Annotated[list[ItemPart], Tag("a list")], Discriminator(_string_or_list)
+    Annotated[str, Tag("a string")] | Annotated[Parts, Tag("a list")], Discriminator(_string_or_list)
 ]
 
 
@@ -88,8 +89,8 @@ class ReasoningItem(RequestBody):
 
     type: Literal["reasoning"]
     id: Id | None = None
-    summary: list[ItemPart] | None = None
-    content: list[ItemPart] | None = None
+    summary: Parts | None = None
+    content: Parts | None = None
     encrypted_content: str | None = None
     status: Status | None = None
 
@@ -137,7 +138,7 @@ InputItem: TypeAlias = Annotated[
     | Annotated[OtherItem, Tag("another")],
     Discriminator(_kind),
 ]
-Items: TypeAlias = Annotated[list[InputItem], Field(max_length=MAX_ITEMS)]
+Items: TypeAlias = Annotated[list[InputItem], Field(max_length=MAX_ITEMS, fail_fast=True)]
 Input: TypeAlias = Annotated[
     Annotated[str, Tag("a string")] | Annotated[Items, Tag("a list")], Discriminator(_string_or_list)
 ]
@@ -237,7 +238,9 @@ class ResponseRequest(ResponsePrompt):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_logprobs: Logprobs | None = None
-    include: list[str] | None = Field(default=None, description=f"Of these, {LOGPROBS_INCLUDED} changes the answer.")
+    include: Annotated[list[str], Field(fail_fast=True)] | None = Field(
+        default=None, description=f"Of these, {LOGPROBS_INCLUDED} changes the answer."
+    )
     metadata: Metadata | None = Field(default=None, description="Is echoed.")
     store: bool | None = Field(default=None, description="false keeps nothing of the response; true is the default.")
     stream: bool | None = None

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tokenllm_schemas.errors import ApiError
 from tokenllm_schemas.requests import (
@@ -291,3 +292,43 @@ def test_nothing_is_generated_only_for_an_echo() -> None:
     assert refusal(text, max_tokens=0).param == "max_tokens"
     assert text(max_tokens=0, echo=True).token_limit() == 0
     assert refusal(chat, max_tokens=0).param == "max_tokens"
+
+
+MANY = 100_000
+WRONG = {  # as many mistakes as fit into a body
+    "prompt": [None] * MANY,
+    "messages": [0] * MANY,
+    "tools": [0] * MANY,
+    "functions": [0] * MANY,
+    "tokens": ["1"] * MANY,
+    "logit_bias": dict.fromkeys(map(str, range(MANY)), "x"),
+    "metadata": dict.fromkeys(map(str, range(MANY)), 1),
+    "chat_template_kwargs": dict.fromkeys(map(str, range(MANY)), {}),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG.items())
+def test_many_mistakes_cost_no_more_than_one(field: str, value: Any) -> None:
+    kind = {"prompt": CompletionRequest, "tokens": DetokenizeRequest}.get(field, ChatCompletionRequest)
+    told: list[int] = []
+
+    class Counted(kind):  # type: ignore[misc, valid-type]
+        @classmethod
+        def model_validate_json(cls, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().model_validate_json(*args, **kwargs)
+            except ValidationError as error:
+                told.append(error.error_count())
+                raise
+
+    assert (
+        refusal(lambda: parse(Counted, json.dumps({**CHAT, **TEXT, field: value}).encode())).param or ""
+    ).startswith(field)
+    assert told and told[0] < 10
+
+
+def test_parts_of_messages_fail_with_the_first_wrong_one() -> None:
+    turns = [{"role": "user", "content": [0] * 1000}] * 1000
+    assert refusal(chat, messages=turns).param == "messages[0].content[0]"
+    variables = refusal(chat, chat_template_kwargs=dict.fromkeys(map(str, range(129)), 1))
+    assert "at most 128 entries, not 129" in variables.message
