@@ -31,9 +31,10 @@ class Driver:
         self.runner = runner
         self.margin, self.tolerance = margin, tolerance  # of the precision: what is a near-tie, how far logprobs may be
         self.memory = TokenMemory(SLOTS)
+        self.vectors: dict[int, np.ndarray] = {}  # of the newest run
 
     def run(self, submits: Sequence[tuple[int, Submit]], chunk: int = 200) -> list[list[TokenLogprob]]:
-        books = self._books(chunk)
+        books, self.vectors = self._books(chunk), {}
         told: list[list[TokenLogprob]] = [[] for _ in submits]
         last, step = max(since for since, _ in submits), 0
         while step <= last or books.rows.running:
@@ -43,6 +44,7 @@ class Driver:
             if planned := books.plan():
                 sampled = self.runner.collect(self.runner.launch(planned.plan))
                 step_told = books.settle(planned, sampled)
+                self.vectors.update(sampled.vectors)
                 for uid, tokens in (*step_told.prompt_logprobs.items(), *step_told.logprobs.items()):
                     told[uid] += tokens
             step += 1

@@ -3,12 +3,14 @@ interpreter plays it: everything but the capture of graphs is the same.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace as but
 
 from tokenllm.engine.cuda_runner import CudaRunner
 from tokenllm.engine.cuda_start import limits_of
@@ -115,6 +117,13 @@ def submits(longest: int = 8) -> list[tuple[int, Submit]]:
     return found
 
 
+def who_want_vectors(longest: int = 8) -> list[tuple[int, Submit]]:
+    """The same prompts; of every three one wants the mean, one the last, and one generates beside them."""
+    plain = Sampling(seed=0, temperature=0.0, logprobs=2)
+    asked = enumerate(submits(longest))
+    return [(since, but(one, pooling=("mean", "last", None)[uid % 3], sampling=plain)) for uid, (since, one) in asked]
+
+
 class Reckless(FirstCome):
     """Admits whoever comes: pauses have to make up for it."""
 
@@ -123,7 +132,11 @@ class Reckless(FirstCome):
 
 
 def told(
-    runner: CpuRunner | CudaRunner, policy: Policy | None = None, slots: int = SLOTS, longest: int = 8
+    runner: CpuRunner | CudaRunner,
+    policy: Policy | None = None,
+    slots: int = SLOTS,
+    longest: int = 8,
+    asked: Callable[[int], list[tuple[int, Submit]]] = submits,
 ) -> dict[int, list[Any]]:
     """What each request was told, the books kept and steps run ahead as the server does."""
     memory = TokenMemory(slots)
@@ -135,7 +148,7 @@ def told(
     flights: deque[Any] = deque()
     said: dict[int, list[Any]] = {}
     for step in range(200):
-        for since, submit in submits(longest):
+        for since, submit in asked(longest):
             if since == step:
                 books.accept(submit)
         planned = books.plan()
@@ -143,7 +156,9 @@ def told(
             flights.append((planned, runner.launch(planned.plan)))
         if len(flights) > runner.ahead or (flights and not planned):
             planned, flight = flights.popleft()
-            enter(books.settle(planned, runner.collect(flight)), said)
+            sampled = runner.collect(flight)
+            enter(books.settle(planned, sampled), said)
+            said.update((uid, vector.tolist()) for uid, vector in sampled.vectors.items())
     assert memory.active == 0 and bool(books.pauses) == bool(policy)
     return said
 
@@ -164,6 +179,20 @@ def test_it_says_what_the_cpu_says(qk_norm: bool, heads: int, kv_heads: int) -> 
     for uid, tokens in expected.items():
         assert [t.token for t in said[uid]] == [t.token for t in tokens], f"request {uid}"
         assert np.allclose([t.logprob for t in said[uid]], [t.logprob for t in tokens], atol=1e-4)
+
+
+def test_vectors_are_the_same_for_whoever_computes_them_and_after_a_pause() -> None:
+    decoder = tiny_decoder(qk_norm=False, heads=4, kv_heads=2)
+    expected = told(CpuRunner(decoder, SLOTS, ROWS, CONTEXT), longest=10, asked=who_want_vectors)
+    step = DeviceStep(on_gpu(decoder), limits_of(ROWS, CHUNK, CONTEXT))
+    cuda = CudaRunner(step, step.decoder.kv_memory(SLOTS), lambda doing: iter)
+    for runner in (CpuRunner(decoder, SLOTS, ROWS, CONTEXT), cuda):
+        said = told(runner, Reckless(), slots=50, longest=10, asked=who_want_vectors)
+        assert said.keys() == expected.keys()
+        for uid in (0, 1, 3, 4, 6, 7):
+            assert len(said[uid]) == 32 and np.allclose(said[uid], expected[uid], atol=1e-4), f"request {uid}"
+        for uid in (2, 5):
+            assert [t.token for t in said[uid]] == [t.token for t in expected[uid]], f"request {uid}"
 
 
 def test_what_requests_share_may_be_read_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
