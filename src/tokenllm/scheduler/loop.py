@@ -16,6 +16,7 @@ from tokenllm.scheduler.scheduler import Planned, Scheduler
 Flight = TypeVar("Flight")
 
 RING_B_RETRY_S = 0.001
+FORESEEN_EVERY_S = 0.25
 BYTES_PER_ID = 4
 VECTOR_PART_BYTES = 1 << 14  # the smallest ring takes a frame of twice as many
 
@@ -38,6 +39,7 @@ class Loop(Generic[Flight]):
         self._flights: deque[tuple[Flight, Planned, float]] = deque()
         self._compilations = self._pauses = 0  # that have been counted
         self._collected_s = 0.0  # when the last step was
+        self._foreseen_s = 0.0  # when the peak was predicted
         self._history = history
 
     def serve(self) -> None:
@@ -52,7 +54,7 @@ class Loop(Generic[Flight]):
         """Receive, plan, run, send. Whether there is anything left to do."""
         self._receive()
         planned = self._scheduler.plan()
-        self._publish()
+        self._publish(resting=not planned)
         if planned:
             self._launch(planned)
         busy = bool(planned or self._flights)  # what ends in this turn may make room for somebody in the next
@@ -106,7 +108,7 @@ class Loop(Generic[Flight]):
         pauses, self._pauses = self._pauses, self._scheduler.pauses
         self._page.add("tokenllm_preemptions_total", self._pauses - pauses)
 
-    def _publish(self) -> None:
+    def _publish(self, resting: bool) -> None:
         scheduler, page = self._scheduler, self._page
         page.set("tokenllm_kv_tokens_capacity", scheduler.memory.capacity)
         page.set("tokenllm_kv_tokens_free", scheduler.memory.free)
@@ -114,7 +116,9 @@ class Loop(Generic[Flight]):
         page.set("tokenllm_kv_tokens_active", scheduler.memory.active)
         page.set("tokenllm_requests_running", scheduler.rows.running)
         page.set("tokenllm_requests_waiting", len(scheduler.waiting))
-        page.set("tokenllm_predicted_peak_tokens", scheduler.predicted_peak)
+        if resting or time.monotonic() > self._foreseen_s + FORESEEN_EVERY_S:
+            page.set("tokenllm_predicted_peak_tokens", scheduler.predicted_peak)
+            self._foreseen_s = time.monotonic()
 
 
 def _vectors(sampled: Sampled) -> Iterator[Vector]:

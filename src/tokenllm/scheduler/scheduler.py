@@ -30,7 +30,7 @@ from tokenllm.messages import (
     TokenLogprob,
     gateway_of,
 )
-from tokenllm.routing.columns import Columns, Decision, Ints
+from tokenllm.routing.columns import Columns, Ints
 from tokenllm.routing.learned_pace import LearnedPace
 from tokenllm.routing.router import Router
 from tokenllm.scheduler.backlog import Backlog
@@ -78,7 +78,6 @@ class Scheduler:
         self.rows = Rows(rows, max_positions)
         self.waiting = Queue()
         self.pauses = 0  # so far
-        self.predicted_peak = 0
         self._pace, self._clock = pace, clock
         self._backlog = Backlog(pace, memory.capacity) if pace else None
         self._untimed = 0  # steps without prompts since the pace was told of one
@@ -93,6 +92,11 @@ class Scheduler:
         self._most_context_tokens = most_context_tokens
         self._max_queued = max_queued_requests, max_queued_tokens
         self._is_eos = _table_of(eos_ids)
+
+    @property
+    def predicted_peak(self) -> int:
+        """The most tokens that those who run are expected to hold together."""
+        return int(self.router.policy.peak(self.rows.columns(self.rows.staying())))
 
     def accept(self, message: Inbound) -> list[Begin | Refused | Step]:
         """Take a message; what it returns is for the detokenizer."""
@@ -218,7 +222,7 @@ class Scheduler:
         running, waiting = self.rows.columns(rows), self.waiting.columns()
         leaving, now = self.rows.running - len(rows), self._clock()
         decision = self.router.decide(now, running, waiting, self.memory.available, leaving)
-        self._foresee(now, running, waiting, decision)
+        self._note(now, waiting, decision.admit)
         for request in [self._requests[int(uid)] for uid in running.uid[decision.pause]]:
             assert request.row is not None, "who runs has a row"
             self._pause(request, request.row)
@@ -252,16 +256,12 @@ class Scheduler:
             if fruitless == FRUITLESS_LOOKS:
                 break
 
-    def _foresee(self, now: float, running: Columns, waiting: Columns, decision: Decision) -> None:
-        """Enter what follows from a decision: what memory the batch will need, and how quickly the queue is served."""
-        admitted = waiting.take(decision.admit)
-        if self._backlog and len(admitted):
-            self._backlog.admitted(now, admitted)
-        if self._changed or len(admitted) or len(decision.pause):
-            stay = np.delete(np.arange(len(running)), decision.pause)
-            self.predicted_peak = int(self.router.policy.peak(running.take(stay).then(admitted)))
-        self._changed = bool(len(admitted))
-        self._passed_over = len(waiting) > len(admitted)
+    def _note(self, now: float, waiting: Columns, admit: Ints) -> None:
+        """Who of those who wait is about to join."""
+        if self._backlog and len(admit):
+            self._backlog.admitted(now, waiting.take(admit))
+        self._changed = bool(len(admit))
+        self._passed_over = len(waiting) > len(admit)
 
     def _admit(self, places: Ints) -> None:
         for request in self.waiting.take(places):
