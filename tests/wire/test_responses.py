@@ -217,6 +217,20 @@ def test_items_become_turns(client: openai.OpenAI, gateway: GatewayUnderTest) ->
     assert read_by_the_model(gateway) == turns(("system", "one\n\ntwo"), *said)
 
 
+def test_what_is_referred_to_is_no_larger_than_a_body(client: openai.OpenAI) -> None:
+    huge: Any = [{"role": "user", "content": "a" * 1_500_000}, {"role": "user", "content": "now"}]
+    made = [ask(client, input=huge, truncation="auto", max_output_tokens=1).id for _ in range(3)]
+    items = [client.responses.input_items.list(id, order="asc").data[0].id for id in made]
+    references: Any = [{"type": "item_reference", "id": id} for id in items]
+    now = huge[1:]
+    two = ask(client, input=references[:2] + now, truncation="auto", max_output_tokens=1, store=False)
+    assert two.output_text == words(1)
+    for input, code in ((references + now, "context_length_exceeded"), (references[:1] * 2 + now, "invalid_value")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(client, input=input, truncation="auto")
+        assert caught.value.code == code
+
+
 def test_input_tokens(client: openai.OpenAI) -> None:
     made = ask(client, max_output_tokens=1, instructions="be brief")
     assert client.responses.input_tokens.count(

@@ -13,11 +13,13 @@ from starlette.types import ASGIApp
 
 from tokenllm.gateway.endpoints import Endpoint, Query, all_said, chat_prompt, chat_submits, json_answer
 from tokenllm.gateway.gateway import Gateway, tenant_of
+from tokenllm.gateway.guard import LARGEST_BODY
 from tokenllm.gateway.reply import Said
 from tokenllm.gateway.response_prompt import (
     ResponseAsChat,
     as_chat_that_fits,
     conversation,
+    items_named,
     listed,
     named_as_asked,
 )
@@ -74,8 +76,8 @@ async def cancel_response(gateway: Gateway, request: Request) -> ASGIApp:
 
 
 async def response_input_items(gateway: Gateway, request: Request) -> ASGIApp:
-    items = msgspec.json.decode((await _stored(gateway, request)).items)
-    return json_answer(_page(items, request))
+    stored = await _stored(gateway, request)
+    return await gateway.aside(lambda: json_answer(_page(msgspec.json.decode(stored.items), request)))
 
 
 async def response_input_tokens(gateway: Gateway, request: Request) -> ASGIApp:
@@ -110,20 +112,32 @@ async def _items(gateway: Gateway, body: ResponsePrompt, tenant: str) -> list[In
         if stored is None:
             raise _unknown(body.previous_response_id, "previous_response_id")
         earlier = await gateway.off_loop(conversation, stored)
-    return earlier + [
-        await _referred(gateway, item, f"input[{index}].id", tenant) if isinstance(item, ItemReference) else item
-        for index, item in enumerate(body.items())
-    ]
+    items = body.items()
+    referred = await _referred(gateway, items, tenant)
+    return earlier + [referred[item.id] if isinstance(item, ItemReference) else item for item in items]
 
 
-async def _referred(gateway: Gateway, reference: ItemReference, param: str, tenant: str) -> InputItem:
-    match = REFERENCE.fullmatch(reference.id)
-    stored = await gateway.responses.find(f"resp_{match[1]}", tenant) if match else None
-    items = await gateway.off_loop(conversation, stored) if stored else []
-    for item in items:
-        if getattr(item, "id", None) == reference.id:
-            return item
-    raise ApiError(404, f"{param}: there is no stored item {reference.id!r}", "item_not_found", param=param)
+async def _referred(gateway: Gateway, items: Sequence[InputItem], tenant: str) -> dict[str, InputItem]:
+    """The stored items that these refer to, by their ids. Together they are no larger than a body may be."""
+    params: dict[str, str] = {}
+    for index, item in enumerate(items):
+        if isinstance(item, ItemReference):
+            param = f"input[{index}].id"
+            if params.setdefault(item.id, param) != param:
+                raise invalid(param, f"the item {item.id!r} is referred to twice")
+    found, size = {}, 0
+    for key in dict.fromkeys(match[1] for id in params if (match := REFERENCE.fullmatch(id))):
+        if stored := await gateway.responses.find(f"resp_{key}", tenant):
+            some, their_size = await gateway.off_loop(items_named, stored, params.keys())
+            found |= some
+            size += their_size
+        if size > LARGEST_BODY:
+            message = f"the items that are referred to are larger than {LARGEST_BODY} bytes"
+            raise invalid("input", message, "context_length_exceeded")
+    if missing := next((id for id in params if id not in found), None):
+        param = params[missing]
+        raise ApiError(404, f"{param}: there is no stored item {missing!r}", "item_not_found", param=param)
+    return found
 
 
 async def _stored(gateway: Gateway, request: Request) -> Stored:

@@ -4,7 +4,7 @@ Also how items are written into the store, and become a conversation again.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
@@ -22,6 +22,7 @@ from tokenllm_schemas.response_request import (
     InputItem,
     ItemPart,
     MessageItem,
+    OtherItem,
     ReasoningItem,
     ResponsePrompt,
     ResponseRequest,
@@ -148,6 +149,12 @@ def conversation(stored: Stored) -> list[InputItem]:
     """What a response was an answer to, and the answer."""
     answer = msgspec.json.decode(stored.answer, type=_Answer)
     return ITEMS.validate_json(stored.items) + ITEMS.validate_json(bytes(answer.output))
+
+
+def items_named(stored: Stored, ids: Collection[str]) -> tuple[dict[str, InputItem], int]:
+    """Those of its items that have these ids, and how many bytes they are."""
+    named = {item.id: item for item in conversation(stored) if not isinstance(item, OtherItem) and item.id in ids}
+    return {id: item for id, item in named.items() if id}, sum(len(one.model_dump_json()) for one in named.values())
 
 
 def listed(items: Sequence[InputItem], key: str) -> bytes:
