@@ -78,7 +78,7 @@ def small(count: int, seed: int) -> Workload:
 @pytest.mark.parametrize("policy", EVERY)
 def test_jumping_over_steps_changes_hardly_anything(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     jumping, _ = run(policy, small(120, 5), Machine(), 600, 0)
-    monkeypatch.setattr(Server, "_jump", lambda self: None)
+    monkeypatch.setattr(Server, "_must_decide", lambda self: True)
     walking, _ = run(policy, small(120, 5), Machine(), 600, 0)
     if policy == "conservative":  # the others may find a little earlier, while nothing happens, that somebody fits now
         assert walking.steps == jumping.steps

@@ -21,6 +21,7 @@ class PastFuture(FirstCome):
 
     def __init__(self, seed: int = 0, reserve: float = RESERVE) -> None:
         self._random = np.random.default_rng(seed)
+        self._foresees = np.random.default_rng(seed)  # of its own: to ask for the peak changes nothing
         self._share = 1 - reserve
         self._past: list[int] = []
         self._sorted: Floats = np.zeros(0)
@@ -33,23 +34,23 @@ class PastFuture(FirstCome):
             self._sorted = np.sort(np.array(self._past, float))
         draws = min(5, 200 // max(1, len(running)) + 1)
         tokens = np.broadcast_to(running.whole, (draws, len(running)))
-        steps = self._draw(running, draws)
+        steps = self._draw(running, draws, self._random)
         for count in range(len(candidates)):
             one = candidates.take(np.array([count]))
             tokens = np.concatenate((tokens, np.broadcast_to(one.whole, (draws, 1))), 1)
-            steps = np.concatenate((steps, self._draw(one, draws)), 1)
+            steps = np.concatenate((steps, self._draw(one, draws, self._random)), 1)
             if peaks(tokens, steps).max() >= room * self._share:
                 return count
         return len(candidates)
 
     def peak(self, running: Columns) -> float:
-        return peak(running.whole, self._draw(running, 1)[0]) if self._past else super().peak(running)
+        return peak(running.whole, self._draw(running, 1, self._foresees)[0]) if self._past else super().peak(running)
 
-    def _draw(self, requests: Columns, draws: int) -> Floats:
+    def _draw(self, requests: Columns, draws: int, random: np.random.Generator) -> Floats:
         """Steps each still lives, [draws, requests]."""
         past = np.append(self._sorted, self._sorted[-1] if len(self._sorted) else 1)
         first = np.searchsorted(past, requests.generated, "right").astype(float)
-        place = first + self._random.random((draws, len(requests))) * np.maximum(0, len(past) - 1 - first)
+        place = first + random.random((draws, len(requests))) * np.maximum(0, len(past) - 1 - first)
         below = np.minimum(place.astype(np.int64), len(past) - 2)
         length = past[below] + (place - below) * (past[below + 1] - past[below])
         length = np.where(first >= len(past) - 1, requests.max_tokens, np.minimum(length, requests.max_tokens))

@@ -41,13 +41,11 @@ class Prefixes:
         tokens = self._tokens[blocks]
         return blocks, int(tokens.sum()), int(tokens[self._locks[blocks] > 0].sum())
 
-    def lock_hit(self, request: int, most: int) -> int:
-        """Lock what is in memory of its prompt, with at most so many tokens that nobody held. Returns all tokens."""
-        blocks, _, _ = self.hit(request)
-        fresh = np.where(self._locks[blocks] == 0, self._tokens[blocks], 0)
-        blocks = blocks[fresh.cumsum() <= most]
+    def lock_hit(self, request: int) -> int:
+        """Lock what is in memory of its prompt. Returns its tokens."""
+        blocks, tokens, _ = self.hit(request)
         self.lock(request, blocks)
-        return int(self._tokens[blocks].sum())
+        return tokens
 
     def holds_all(self, request: int) -> bool:
         return len(self._locked[request]) == len(self._blocks[request])

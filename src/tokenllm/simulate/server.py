@@ -1,7 +1,8 @@
 """The simulated server: arrivals, the router's decisions, steps, and the books of who got which token when.
 
-Runs the router that the scheduler runs. A decision is asked for only when something can change; in between the clock
-jumps over many steps at once.
+Runs the router that the scheduler runs, and as the scheduler does: it asks for a decision when the scheduler would,
+and carries it out in the same order (tests/scheduler/test_engine_is_simulator.py). In between the clock jumps over many
+steps at once.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,12 @@ import numpy as np
 
 from tokenllm.routing.columns import Columns, Floats, Ints
 from tokenllm.routing.router import Router
+from tokenllm.simulate.limits import UNLIMITED, StepLimits
 from tokenllm.simulate.prefixes import Prefixes
 from tokenllm.simulate.workload import BLOCK_TOKENS, Workload
+
+LOOKS = 32  # waiting requests whose prefix is looked for again at a decision, at most, as in the scheduler:
+FRUITLESS_LOOKS = 2  # of these that find what was known end it
 
 
 class Clock(Protocol):
@@ -45,10 +50,17 @@ class Server:
     """One run. Tokens in use are those of running requests; what the prefix cache keeps beside them counts as free."""
 
     def __init__(
-        self, workload: Workload, router: Router, clock: Clock, capacity: int, kind_of: Callable[[int, int], int]
+        self,
+        workload: Workload,
+        router: Router,
+        clock: Clock,
+        capacity: int,
+        kind_of: Callable[[int, int], int],
+        limits: StepLimits = UNLIMITED,
     ) -> None:
         count = len(workload)
         self._work, self._router, self._clock, self.capacity = workload, router, clock, capacity
+        self._limits = limits
         self._cache = Prefixes(workload.blocks, workload.prompt, BLOCK_TOKENS)
         self._prefixes = self._cache if workload.blocks else None  # nothing to look for where nothing is shared
         self._kind_of = kind_of
@@ -58,10 +70,10 @@ class Server:
         self._private = np.zeros(count, np.int64)  # tokens held outside the prefix cache
         self._running: Ints = np.zeros(0, np.int64)
         self._waiting: Ints = np.zeros(0, np.int64)
-        self._hit = np.zeros((count, 2), np.int64)  # tokens of each prompt in the cache, and locked, when last seen
+        self._found = np.zeros((count, 2), np.int64)  # tokens of each in the cache, and locked, when last looked up
         self._reads = np.ones(count, bool)  # since its admission it has not got a token
         self._changed = True  # since the last decision somebody came, went, or got a first token
-        self._arrived = self._looked = 0
+        self._arrived = self._looked = self._left = 0
         self._now = 0.0
         nan = np.full(count, np.nan)
         self.books = Books(nan, nan.copy(), np.zeros(count), np.zeros(count, np.int64), np.zeros(count, np.int64))
@@ -75,9 +87,10 @@ class Server:
                 if self._arrived == len(self._work):
                     break
                 self._now = max(self._now, float(self._work.arrival[self._arrived]))
-                continue
-            self._decide_and_step()
-            self._jump()
+            elif self._must_decide():
+                self._decide()
+            else:
+                self._jump()
         self.books.seconds = self._now
         return self.books
 
@@ -94,18 +107,20 @@ class Server:
         if until > self._arrived:
             new = np.arange(self._arrived, until)
             new = new[~self._refused[new]]
-            self._look_up(new)
+            self._arrived = until
             for request in new.tolist():
+                self._look_up(request)
                 self._kinds[request] = self._kind_of(
                     int(self._work.group[request]), int(self._work.max_tokens[request])
                 )
             self._waiting = np.concatenate((self._waiting, new))
-            self._arrived, self._changed = until, True
+            self._changed |= len(new) > 0
 
-    def _look_up(self, who: Ints) -> None:
-        if self._prefixes:
-            for request in who.tolist():
-                self._hit[request] = self._prefixes.hit(request)[1:]
+    def _look_up(self, request: int) -> bool:
+        """Whether what is found is not what was known."""
+        hit, locked = self._prefixes.hit(request)[1:] if self._prefixes else (0, 0)
+        known, self._found[request] = self._found[request].tolist(), (hit + self._cache.tail[request], locked)
+        return known != self._found[request].tolist()
 
     def _columns(self, who: Ints, shared: Ints, unread: Ints) -> Columns:
         work = self._work
@@ -132,81 +147,108 @@ class Server:
 
     def _waiting_columns(self) -> Columns:
         who = self._waiting
-        unread = self._work.prompt[who] + self._generated[who] - self._cache.tail[who]
-        if not self._prefixes:
-            return self._columns(who, np.zeros(len(who), np.int64), unread)
-        self._looked = (self._looked + 8) % max(1, len(who))
-        self._look_up(who[self._looked : self._looked + 8])
-        hit, locked = self._hit[who].T
-        return self._columns(who, locked, np.maximum(1, unread - hit))
+        self._look_again()
+        found, locked = self._found[who].T
+        return self._columns(who, locked, np.maximum(1, self._work.prompt[who] + self._generated[who] - found))
 
-    def _decide_and_step(self) -> None:
+    def _look_again(self) -> None:
+        """Some of those who wait, each time others; the next ones too while that is worth it."""
+        count, fruitless = len(self._waiting), 0
+        for place in range(self._looked, self._looked + min(LOOKS, count)):
+            fruitless += not self._look_up(int(self._waiting[place % count]))
+            self._looked = (place + 1) % count
+            if fruitless == FRUITLESS_LOOKS:
+                break
+
+    def _must_decide(self) -> bool:
+        """Otherwise the batch goes on as it is."""
+        retries = self._router.policy.retries and len(self._waiting) > 0
+        goes_on = self._router.needs_no_decision(len(self._running), self.capacity - self._used)
+        return self._changed or retries or not goes_on or bool(self._reads[self._running].any())
+
+    def _decide(self) -> None:
+        """Ask the router, and do what it says. It takes no time if nobody computes then, because all are paused."""
         running, waiting = self._running_columns(), self._waiting_columns()
         decision = self._router.decide(self._now, running, waiting, self.capacity - self._used)
         self.books.decisions += 1
         self._changed = bool(len(decision.pause) or len(decision.admit))
-        tokens = decision.tokens
-        if len(decision.pause):
-            self._pause(decision.pause)
-            tokens = np.delete(tokens, decision.pause)
-        if len(decision.admit):
-            first = len(self._running)
-            tokens[first:] = self._admit(decision.admit, tokens[first:], int(tokens[:first].sum()))
-        self._step(tokens)
+        streams = self._running[(decision.tokens[: len(running)] > 0) & ~self._reads[self._running]]
+        self._pause(decision.pause)
+        seconds = self._clock.decode_s(len(streams), int(self._held(streams).sum()))
+        self._compute(streams, np.ones(len(streams), np.int64))
+        self._admit(decision.admit)
+        to_read = int(decision.tokens.sum()) - len(streams)
+        readers, tokens = self._chunks(self._limits.prompt_tokens(to_read, len(streams)))
+        if len(readers):
+            seconds += self._clock.prefill_s(tokens, self._held(readers))
+            self._compute(readers, tokens)
+        if len(streams) or len(readers):
+            self._end_step(seconds)
+        elif not len(decision.pause):
+            raise AssertionError(f"{len(self._running)} run, {len(self._waiting)} wait, and nobody computes")
+
+    def _held(self, who: Ints) -> Ints:
+        return self._work.prompt[who] + self._generated[who] - self._unread[who]
 
     def _pause(self, places: Ints) -> None:
-        for request in self._running[places].tolist():
+        """Those in the middle of a prompt too."""
+        if not len(places):
+            return
+        who = self._running[places]
+        for request in who.tolist():
             self.books.pauses[request] += 1
             self._leave(request)
-        self._waiting = np.concatenate((self._running[places], self._waiting))
+            self._look_up(request)
+        self._waiting = np.concatenate((self._waiting, who))
         self._running = np.delete(self._running, places)
 
     def _leave(self, request: int) -> None:
-        """As in the prefix tree, what it has computed stays until the room is wanted."""
+        """As in the prefix tree, what it has computed stays until the room is wanted: the first to leave goes first."""
+        self._left += 1
         if self._prefixes:
-            self._prefixes.release(request, self._now)
+            self._prefixes.release(request, self._left)
         if not self._prefixes or not self._reads[request]:
-            self._cache.leave(request, int(self._private[request]), self._now)
+            self._cache.leave(request, int(self._private[request]), self._left)
         self._private[request] = 0
 
-    def _admit(self, places: Ints, tokens: Ints, streams: int) -> Ints:
-        """Returns what they can compute: `streams` tokens are for those who run already."""
+    def _admit(self, places: Ints) -> None:
         who = self._waiting[places]
         for request in who.tolist():
-            self._find(request, self.capacity - self._used - streams - int(self._private[who].sum()))
+            self._find(request)
             if self.books.pauses[request]:
                 self.books.recomputed[request] += self._unread[request] - 1  # the last would be computed anyway
         self._reads[who] = True
         self._running = np.concatenate((self._running, who))
         self._waiting = np.delete(self._waiting, places)
-        left = self.capacity - self._used - streams
-        tokens = np.minimum(tokens, self._unread[who])  # what was looked up may have been evicted since
-        return np.clip(left - (tokens.cumsum() - tokens), 0, tokens)
 
-    def _find(self, request: int, room: int) -> None:
+    def _find(self, request: int) -> None:
         """What is in memory of its tokens is its own from now on; the rest it has to compute."""
         behind, hit = self._cache.come_back(request), 0
         if self._prefixes:
-            hit = self._prefixes.lock_hit(request, room - behind)
+            hit = self._prefixes.lock_hit(request)
             behind *= self._prefixes.holds_all(request)  # without what comes before them they are worth nothing
         self._private[request] = behind
         # the last token of a prompt is computed whatever is cached: its logits are wanted
         self._unread[request] = max(1, int(self._work.prompt[request] + self._generated[request]) - hit - behind)
 
-    def _step(self, tokens: Ints) -> None:
-        who, unread = self._running, self._unread[self._running]
-        held = self._work.prompt[who] + self._generated[who] - unread
-        decodes = (unread == 1) & (tokens == 1)
-        reads = (tokens > 0) & ~decodes
-        seconds = self._clock.decode_s(int(np.count_nonzero(decodes)), int(held[decodes].sum()))
-        if reads.any():
-            seconds += self._clock.prefill_s(tokens[reads], held[reads])
+    def _chunks(self, budget: int) -> tuple[Ints, Ints]:
+        """Who reads, and how many tokens each: in the policy's order, as many as the limits and the room allow."""
+        readers = self._running[self._reads[self._running]]
+        readers = readers[self._router.policy.reading_order(self._unread[readers])]
+        tokens = self._limits.chunks(
+            self._held(readers), self._unread[readers], min(budget, self.capacity - self._used)
+        )
+        return readers[tokens > 0], tokens[tokens > 0]
+
+    def _compute(self, who: Ints, tokens: Ints) -> None:
         self._private[who] += tokens
-        self._unread[who] = unread - tokens
+        self._unread[who] -= tokens
         self._make_room()
+
+    def _end_step(self, seconds: float) -> None:
         self._note(seconds, 1)
         self._now += seconds
-        self._sample(who[self._unread[who] == 0])
+        self._sample(self._running[self._unread[self._running] == 0])
 
     def _make_room(self) -> None:
         used = self._used
@@ -255,17 +297,7 @@ class Server:
 
     def _jump(self) -> None:
         """Steps in which everybody who runs decodes and nobody comes or goes, until one of them has its last token."""
-        who = self._running
-        if (
-            not len(who)
-            or self._changed
-            or self._reads[who].any()
-            or (self._router.policy.retries and len(self._waiting))
-        ):
-            return
-        free = self.capacity - self._used
-        if not self._router.needs_no_decision(len(who), free):
-            return
+        who, free = self._running, self.capacity - self._used
         steps = min(int((self._work.length[who] - self._generated[who]).min()), free // len(who))
         held = int((self._work.prompt[who] + self._generated[who] - 1).sum())
         seconds = self._clock.decode_steps_s(len(who), held, steps)
