@@ -7,7 +7,7 @@ with their first wrong item, objects of too many keys unread: to tell of a milli
 
 import reprlib
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, LiteralString, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Final, Literal, LiteralString, TypeAlias, TypeVar, cast
 
 from pydantic import (
     BaseModel,
@@ -27,6 +27,7 @@ from tokenllm_schemas.errors import ApiError, invalid, unsupported
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 MAX_CHOICES_EACH = 8
 MAX_CHOICES = MAX_PROMPTS = 128
+MAX_INPUTS = 2048  # texts of one request for vectors
 MAX_MESSAGES = 10_000
 MAX_TOOLS, MAX_FUNCTION_NAME, MAX_DOCUMENTS = 512, 64, 512
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 1024
@@ -93,6 +94,9 @@ def functions_as_written(value: object, handler: Any) -> object:
 
 
 SHAPE_ERRORS = {"string_type", "list_type", "int_type", "dict_type", "bool_type", "float_type"}
+ONE_OR_MANY: Final = (
+    "a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty"
+)
 TEMPLATE_NAMES = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"}
 
 Temperature: TypeAlias = Annotated[float, Field(ge=0, le=2)]
@@ -133,9 +137,16 @@ Prompt: TypeAlias = Annotated[
     | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     | TokenIds
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)],
-    one_of("a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty"),
+    one_of(ONE_OR_MANY),
 ]
 
+Input: TypeAlias = Annotated[
+    Text
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+    | TokenIds
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)],
+    one_of(ONE_OR_MANY),
+]
 
 TemplateValue: TypeAlias = Annotated[
     bool | int | float | str | Annotated[list[str], Field(fail_fast=True)] | None,
@@ -308,8 +319,7 @@ class Generation(RequestBody):
         most = self.token_limit()
         if self.min_tokens and most is not None and self.min_tokens > most:
             raise invalid("min_tokens", f"{self.min_tokens} are more than the {most} tokens that may be generated")
-        if self.truncate_prompt_tokens == 0:
-            raise invalid("truncate_prompt_tokens", "must be -1 or at least 1 (got 0)")
+        check_truncation(self.truncate_prompt_tokens)
         return self
 
     @model_validator(mode="after")
@@ -439,9 +449,31 @@ class CompletionRequest(Generation):
 
     def prompts(self) -> Sequence[str | list[int]]:
         """The batch, of one or many."""
-        prompt = self.prompt
-        alone = isinstance(prompt, str) or isinstance(prompt[0], int)
-        return cast(Sequence[str | list[int]], [prompt] if alone else prompt)
+        return batch(self.prompt)
+
+
+class EmbeddingRequest(RequestBody):
+    """POST /v1/embeddings"""
+
+    model: str
+    input: Input = Field(description="A text, or a list of such: texts, or token ids. Each has a vector.")
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(json_schema_extra={"minimum": 1})] | None = None  # the model says how many
+    user: str | None = None
+    pooling: Literal["mean", "last"] | None = Field(
+        default=None, description="Of which tokens' hidden states a vector is made: of all (usually), or of the last."
+    )
+    truncate_prompt_tokens: Truncation | None = None
+    cache_salt: CacheSalt | None = None
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> "EmbeddingRequest":
+        check_truncation(self.truncate_prompt_tokens)
+        return self
+
+    def inputs(self) -> Sequence[str | list[int]]:
+        """The batch, of one or many."""
+        return batch(self.input)
 
 
 class TokenizeRequest(TemplateFields):
@@ -476,6 +508,17 @@ def parse(kind: type[Body], body: bytes) -> Body:
         return kind.model_validate_json(body)
     except ValidationError as error:
         raise _client_error(max(error.errors(), key=_closeness)) from None
+
+
+def batch(prompts: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
+    """Prompts, of which one may have come without a list of its own."""
+    alone = isinstance(prompts, str) or isinstance(prompts[0], int)
+    return cast(Sequence[str | list[int]], [prompts] if alone else prompts)
+
+
+def check_truncation(tokens: int | None) -> None:
+    if tokens == 0:
+        raise invalid("truncate_prompt_tokens", "must be -1 or at least 1 (got 0)")
 
 
 def check_text(messages: list[ChatMessage]) -> None:

@@ -164,6 +164,24 @@ class TextCompletion(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] | UnsetType = UNSET
 
 
+class Embedding(msgspec.Struct, frozen=True):
+    index: int
+    embedding: list[float] | str  # base64 of little-endian float32
+    object: Literal["embedding"] = "embedding"
+
+
+class EmbeddingUsage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(msgspec.Struct, frozen=True):
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+    object: Literal["list"] = "list"
+
+
 class Model(msgspec.Struct, frozen=True):
     id: str
     created: int

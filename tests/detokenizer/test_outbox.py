@@ -24,6 +24,7 @@ def deltas(uids: st.SearchStrategy[int]) -> st.SearchStrategy[Delta]:
         st.integers(0, 3),
         st.lists(TOKEN, max_size=15).map(tuple),
         st.just(FINISH) | st.none(),
+        st.binary(max_size=5) | st.integers(0, 1500).map(b"\1\2\3".__mul__),
     )
 
 

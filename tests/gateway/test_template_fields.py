@@ -93,7 +93,7 @@ def seen(default_model: Path) -> ServedModel:
     """A model whose template shows all that it is given."""
     source = "{% for message in messages %}{{ message | tojson }}\n{% endfor %}{{ tools | tojson }}"
     template = ChatTemplate({"default": source}, {}, "test")
-    return ServedModel("m", 0, load_tokenizer(default_model), template, SamplingDefaults(), 100, 49152)
+    return ServedModel("m", 0, load_tokenizer(default_model), template, SamplingDefaults(), 100, 49152, 576)
 
 
 def shown(seen: ServedModel, body: ChatCompletionRequest) -> list[Any]:

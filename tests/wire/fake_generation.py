@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import msgspec
+import numpy as np
 
 from tokenllm.config import GatewayBirth, ServeConfig
 from tokenllm.control import Attach, ControlMessage, Drain, Lost, ModelReady, Serving, ToSupervisor, channel, hear, tell
@@ -34,6 +35,7 @@ from tokenllm.text.tokenizer import Tokenizer
 
 MODEL_NAME = "some-org/tiny"
 MODEL_LEN = 512
+HIDDEN = 576
 STEP_S = 0.002
 REASONS = ("stop", "length", "abort", "error", "refused")
 
@@ -63,6 +65,19 @@ class Speech:
             return ()
         top = tuple((f"t{i}", b"\xf0", -1.0 - i) for i in range(self.submit.sampling.logprobs))
         return (TokenText(text, text.encode(), float("-inf") if self.spoken == 1 else -0.5, top),)
+
+
+class Vectors(Speech):
+    """Says the vector of a prompt, in two parts; it begins with the prompt's length and last id."""
+
+    def next_delta(self) -> Delta:
+        self.spoken += 1
+        ids = np.frombuffer(self.submit.prompt, "<i4")
+        vector = np.zeros(HIDDEN, "<f4")
+        vector[:3] = len(ids), ids[-1], 2.0 if self.submit.pooling == "last" else 1.0
+        half = vector.tobytes()[HIDDEN * 2 * (self.spoken - 1) :][: HIDDEN * 2]
+        finish = Finish("stop", self.prompt_tokens, 1, 0) if self.spoken == 2 else None
+        return Delta(self.submit.uid, "", 0, (), finish, half)
 
 
 class Generation(threading.Thread):
@@ -131,7 +146,8 @@ class Generation(threading.Thread):
         else:
             if "STALL" in prompt:
                 self._outbox.send(Texts((Delta(submit.uid, "so far ", 1),)))
-            self._speeches[submit.uid] = kind_of(prompt)(submit)
+            kind = kind_of(prompt)
+            self._speeches[submit.uid] = (Vectors if submit.pooling and kind is Speech else kind)(submit)
 
     def _end(self, uid: int, reason: str, spoken: int) -> None:
         finish = Finish(reason, 1, 0, spoken)  # type: ignore[arg-type]

@@ -99,7 +99,7 @@ def test_every_operation_does_what_is_described(
 def test_an_operation_has_the_statuses_that_it_can_give() -> None:
     told = {(endpoint.method, endpoint.path): set(statuses(endpoint)) for endpoint in ENDPOINTS}
     generating = {400, 401, 404, 408, 413, 415, 429, 500, 503}
-    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"):
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"):
         assert told["POST", path] == generating
     assert told["POST", "/detokenize"] == generating - {429}
     assert told["GET", "/v1/models"] == told["GET", "/version"] == {401, 500, 503}

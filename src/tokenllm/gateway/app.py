@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tokenllm.gateway import anthropic, endpoints
+from tokenllm.gateway import anthropic, embeddings, endpoints
 from tokenllm.gateway.docs import CONTENT_SECURITY_POLICY, PAGE
 from tokenllm.gateway.endpoints import Endpoint
 from tokenllm.gateway.gateway import Gateway
@@ -17,10 +17,17 @@ from tokenllm.gateway.openapi import document
 from tokenllm.gateway.response_endpoints import RESPONSE_ENDPOINTS
 from tokenllm_schemas.anthropic import AnthropicMessage, CountTokensRequest, MessagesRequest, TokenCountAnswer
 from tokenllm_schemas.errors import ApiError
-from tokenllm_schemas.requests import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from tokenllm_schemas.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
 from tokenllm_schemas.responses import (
     ChatChunk,
     ChatCompletion,
+    EmbeddingList,
     Health,
     Model,
     ModelList,
@@ -65,6 +72,15 @@ ENDPOINTS = (
         TextCompletion,
         TextCompletion,
         done=True,
+        errors=(404, 429),
+    ),
+    Endpoint(
+        "POST",
+        "/v1/embeddings",
+        embeddings.create_embeddings,
+        "Vectors of texts",
+        EmbeddingRequest,
+        EmbeddingList,
         errors=(404, 429),
     ),
     *RESPONSE_ENDPOINTS,

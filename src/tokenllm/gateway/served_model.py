@@ -26,6 +26,7 @@ class ServedModel(NamedTuple):
     sampling: SamplingDefaults
     longest_token: int  # in bytes
     vocab_size: int  # ids below have a text and an embedding
+    hidden_size: int  # the length of a vector
 
     @classmethod
     def load(cls, birth: GatewayBirth) -> "ServedModel":
@@ -39,6 +40,7 @@ class ServedModel(NamedTuple):
             sampling=description.sampling,
             longest_token=max(map(len, tokenizer.pieces.values())),
             vocab_size=min(tokenizer.vocab_size, description.vocab_size),
+            hidden_size=description.hidden_size,
         )
 
     def check_size(self, texts: Iterable[str], param: str, max_model_len: int) -> None:
