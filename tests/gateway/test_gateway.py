@@ -14,8 +14,8 @@ from starlette.requests import Request
 from tokenllm.checkpoint.description import SamplingDefaults
 from tokenllm.gateway.circuit import Circuit
 from tokenllm.gateway.gateway import Gateway, room, sampling, tenant_of
-from tokenllm.gateway.reply import total_usage
-from tokenllm.messages import Finish, Ready
+from tokenllm.gateway.reply import Said, total_usage
+from tokenllm.messages import Finish, Ready, TokenText
 from tokenllm_schemas.errors import ApiError
 from tokenllm_schemas.requests import ChatCompletionRequest, parse
 
@@ -34,6 +34,16 @@ def test_the_clients_word_comes_first_then_the_models() -> None:
     assert sampling(body(top_k=-1), recommended, seed=1).top_k == 0
     usual = sampling(body(), SamplingDefaults(), seed=1)
     assert (usual.temperature, usual.top_p, usual.top_k) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(("tokens", "aside"), [(0, False), (1000, False), (1001, True)])
+def test_long_answers_are_worded_beside_the_event_loop(tokens: int, aside: bool) -> None:
+    async def scenario() -> None:
+        gateway = Gateway(model=None, circuit=None, pages=(), max_queued_requests=0, responses=None)  # type: ignore[arg-type]
+        said = [Said(0, "", (TokenText("a", b"a", -1.0),) * tokens, None)]
+        assert (await gateway.worded(said, threading.get_ident) != threading.get_ident()) == aside
+
+    asyncio.run(scenario())
 
 
 def test_no_prompt_waits_for_what_is_done_aside() -> None:

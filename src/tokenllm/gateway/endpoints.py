@@ -109,13 +109,15 @@ async def _generate(
     gateway: Gateway, request: Request, body: Generation, submits: Sequence[Submit], wording: Wording
 ) -> ASGIApp:
     head, usage_wanted, each = gateway.head(wording.kind), body.include_usage(), body.choices_each()
-    shown = shown_for(body, submits, gateway.model.tokenizer)
+    shown = Shown((), body)
+    if not shown.plain:  # prompts are decoded
+        shown = await gateway.off_loop(shown_for, body, submits, gateway.model.tokenizer)
     if body.stream:
         frames = wording.frames(head, len(submits), usage_wanted, shown)
         return EventStream(gateway.circuit, submits, frames, each, usage_wanted)
     said = await all_said(gateway, request, submits)
     usage = total_usage({one.index: one.finish for one in said if one.finish}, each)
-    return json_answer(wording.whole(head, said, usage, shown))
+    return await gateway.worded(said, lambda: json_answer(wording.whole(head, said, usage, shown)))
 
 
 async def all_said(gateway: Gateway, request: Request, submits: Sequence[Submit]) -> list[Said]:

@@ -18,7 +18,7 @@ from tokenllm.checkpoint.description import SamplingDefaults
 from tokenllm.counters import Page, total
 from tokenllm.gateway.circuit import Circuit
 from tokenllm.gateway.masks import with_masks
-from tokenllm.gateway.reply import Head
+from tokenllm.gateway.reply import Head, Said
 from tokenllm.gateway.response_store import ResponseStore
 from tokenllm.gateway.served_model import ServedModel
 from tokenllm.messages import Ready, Sampling, Submit, Telling
@@ -29,6 +29,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 LONG_BODY = 64 * 1024  # longer ones are not parsed on the event loop
+MANY_LOGPROBS = 1000  # more are not put into words on the event loop
 SEED_BITS = 63
 TIERS = {"flex": -10, "priority": 10, "fast": 10}  # the others are 0
 STUCK_S = 30.0
@@ -62,6 +63,11 @@ class Gateway:
         body = await self.off_loop(parse, kind, data) if len(data) > LONG_BODY else parse(kind, data)
         self.check_name(getattr(body, "model", None))
         return body
+
+    async def worded(self, said: Sequence[Said], wording: Callable[[], Result]) -> Result:
+        """The answer that is made of what was said."""
+        many = sum(len(one.logprobs) for one in said) > MANY_LOGPROBS
+        return await self.off_loop(wording) if many else wording()
 
     def check_name(self, name: str | None) -> None:
         if name not in (None, self.model.name):

@@ -52,7 +52,8 @@ async def create_response(gateway: Gateway, request: Request) -> ASGIApp:
     if body.stream:
         return ResponseStream(gateway.circuit, submit, ResponseFrames(response), finish)
     [said] = await all_said(gateway, request, [submit])
-    return json_answer(await finish(said))
+    response = await finish(said)
+    return await gateway.worded([said], lambda: json_answer(response))
 
 
 async def response(gateway: Gateway, request: Request) -> ASGIApp:
@@ -92,10 +93,10 @@ async def _chat(gateway: Gateway, body: ResponsePrompt, items: Sequence[InputIte
 
 
 async def _finished(
-    gateway: Gateway, tenant: str, items: Sequence[InputItem], response: Response, said: Said
+    gateway: Gateway, tenant: str, items: Sequence[InputItem], so_far: Response, said: Said
 ) -> Response:
     """The response of what was said. It is stored, unless that is not wanted or there is no room for it."""
-    response = ended(response, said)
+    response = await gateway.worded([said], lambda: ended(so_far, said))
     if not response.store:
         return response
     key = response.id.removeprefix("resp_")

@@ -71,9 +71,7 @@ class Shown:
 
 
 def shown_for(body: Generation, submits: Sequence[Submit], decoder: Decoder) -> Shown:
-    plain = Shown((), body)
-    if plain.plain:
-        return plain
+    """Takes long where there are many prompts."""
     return Shown([_prompt(body, submit, decoder) for submit in submits], body)
 
 
