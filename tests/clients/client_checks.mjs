@@ -54,6 +54,11 @@ export async function all(stream) {
   return parts;
 }
 
+/** Whether two vectors are the same, but for rounding. */
+export function near(one, other) {
+  return one.length === other.length && one.every((x, i) => Math.abs(x - other[i]) < 1e-3);
+}
+
 async function metrics() {
   const answer = await fetch(`${server}/metrics`, { headers: { authorization: `Bearer ${API_KEY}` } });
   const lines = (await answer.text()).split("\n").filter((line) => line && !line.startsWith("#"));

@@ -54,6 +54,11 @@ def refusal(kind: type[Exception], status: int, words: str) -> Iterator[None]:
         raise AssertionError(f"no {kind.__name__}")
 
 
+def near(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two vectors are the same, but for rounding."""
+    return all(abs(x - y) < 1e-3 for x, y in zip(one, other, strict=True))
+
+
 async def _run(checks: Sequence[Callable[[], Awaitable[None] | None]]) -> None:
     for check in checks:
         if pending := check():

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { APICallError, generateText, streamText } from "ai";
+import { APICallError, embedMany, generateText, streamText } from "ai";
 import {
   all,
   aborting,
@@ -11,6 +11,7 @@ import {
   BASE_URL,
   ENDLESS,
   MODEL,
+  near,
   NO_SUCH_MODEL,
   QUESTION,
   refusal,
@@ -45,6 +46,13 @@ async function abort() {
   });
 }
 
+async function embeddings() {
+  const model = server.embeddingModel(MODEL);
+  const answer = await embedMany({ model, values: [QUESTION, "Paris is a city.", QUESTION], maxRetries: 0 });
+  const [first, other, same] = answer.embeddings;
+  assert(near(first, same) && !near(first, other));
+}
+
 async function bad_request() {
   await refusal(APICallError, ...TOO_HOT, () => generateText({ ...asked, temperature: 5 }));
   const parts = await all(streamText({ ...asked, temperature: 5, onError: () => {} }).fullStream);
@@ -56,4 +64,4 @@ async function not_found() {
   await refusal(APICallError, ...NO_SUCH_MODEL, () => generateText({ ...asked, model: server("nobody") }));
 }
 
-await run(chat, stream, abort, bad_request, not_found);
+await run(chat, stream, abort, embeddings, bad_request, not_found);

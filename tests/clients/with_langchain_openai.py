@@ -11,10 +11,11 @@ from client_checks import (
     QUESTION,
     TOO_HOT,
     aborting,
+    near,
     refusal,
     run,
 )
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import SecretStr
 
 
@@ -67,6 +68,15 @@ def response_abort() -> None:
         chunks.close()  # type: ignore[attr-defined]
 
 
+def embeddings() -> None:
+    # or it cuts long texts itself, into the tokens of OpenAI's models
+    embedder = OpenAIEmbeddings(
+        base_url=BASE_URL, api_key=SecretStr(API_KEY), model=MODEL, check_embedding_ctx_length=False
+    )
+    first, other = embedder.embed_documents([QUESTION, "Paris is a city."])
+    assert near(first, embedder.embed_query(QUESTION)) and not near(first, other)
+
+
 def bad_request() -> None:
     for responses in (False, True):
         with refusal(openai.BadRequestError, *TOO_HOT):
@@ -88,6 +98,7 @@ run(
     response,
     response_stream,
     response_abort,
+    embeddings,
     bad_request,
     not_found,
 )

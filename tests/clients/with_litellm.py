@@ -17,6 +17,7 @@ from client_checks import (
     TOO_HOT,
     aborting,
     async_aborting,
+    near,
     refusal,
     run,
 )
@@ -78,6 +79,12 @@ def response_stream() -> None:
     assert events[-1].type == "response.completed"
 
 
+def embedding() -> None:
+    answer: Any = litellm.embedding(**SERVER, model=f"openai/{MODEL}", input=[QUESTION, "Paris is a city.", QUESTION])
+    first, other, same = (one["embedding"] for one in answer.data)
+    assert near(first, same) and not near(first, other)
+
+
 def bad_request() -> None:
     for more in ({}, {"stream": True}):
         with refusal(litellm.BadRequestError, *TOO_HOT):
@@ -89,4 +96,4 @@ def not_found() -> None:
         litellm.completion(**ASKED | {"model": "openai/nobody"})
 
 
-run(chat, stream, abort, async_chat_and_abort, response, response_stream, bad_request, not_found)
+run(chat, stream, abort, async_chat_and_abort, response, response_stream, embedding, bad_request, not_found)

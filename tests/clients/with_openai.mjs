@@ -10,6 +10,7 @@ import {
   BASE_URL,
   ENDLESS,
   MODEL,
+  near,
   NO_SUCH_MODEL,
   QUESTION,
   refusal,
@@ -85,6 +86,12 @@ async function models() {
   assert.deepEqual(await client.models.retrieve(MODEL), model);
 }
 
+async function embeddings() {
+  const input = [QUESTION, "Paris is a city.", QUESTION];
+  const [first, other, same] = (await client.embeddings.create({ model: MODEL, input })).data;
+  assert(near(first.embedding, same.embedding) && !near(first.embedding, other.embedding));
+}
+
 async function bad_request() {
   for (const more of [{}, { stream: true }])
     await refusal(OpenAI.BadRequestError, ...TOO_HOT, () =>
@@ -108,6 +115,7 @@ await run(
   response_stream_helper,
   response_abort,
   models,
+  embeddings,
   bad_request,
   not_found,
 );

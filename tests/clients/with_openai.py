@@ -14,6 +14,7 @@ from client_checks import (
     TOO_HOT,
     aborting,
     async_aborting,
+    near,
     refusal,
     run,
 )
@@ -93,6 +94,14 @@ def models() -> None:
     assert model.id == MODEL and CLIENT.models.retrieve(MODEL) == model
 
 
+def embeddings() -> None:
+    texts = [QUESTION, "Paris is a city.", QUESTION]
+    first, other, same = (one.embedding for one in CLIENT.embeddings.create(model=MODEL, input=texts).data)
+    assert near(first, same) and not near(first, other)
+    [floats] = CLIENT.embeddings.create(model=MODEL, input=QUESTION, encoding_format="float").data
+    assert near(first, floats.embedding)
+
+
 def bad_request() -> None:
     for more in ({}, {"stream": True}):
         with refusal(openai.BadRequestError, *TOO_HOT):
@@ -119,6 +128,7 @@ run(
     response_stream_helper,
     response_abort,
     models,
+    embeddings,
     bad_request,
     not_found,
 )
