@@ -154,7 +154,7 @@ class Finish(msgspec.Struct, frozen=True, array_like=True):
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-    by_stop_string: bool = False  # the scheduler does not know yet: the gateway sends the Abort
+    by_stop_string: bool = False  # the scheduler may not know yet: the gateway sends the Abort
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):

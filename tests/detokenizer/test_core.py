@@ -139,11 +139,11 @@ def test_a_stop_string_is_the_last_word_and_the_abort_that_follows_is_not() -> N
     assert detokenizer.accept(step([(1, [], FINISHED["abort"])])) == {}
 
 
-def test_no_abort_is_asked_for_what_the_scheduler_has_ended() -> None:
+def test_a_stop_string_in_the_last_token_is_what_ended_the_text() -> None:
     detokenizer = Detokenizer(DECODER, 1)
     detokenizer.accept(Begin(2, 9, Telling(("stop",))))
     (news,) = detokenizer.accept(step([(2, [256], FINISHED["length"])])).values()
-    assert news == Texts((Delta(2, "", 1, finish=Finish("stop", 9, 0, 1, by_stop_string=False)),))
+    assert news == Texts((Delta(2, "", 1, finish=Finish("stop", 9, 0, 1, by_stop_string=True)),))
 
 
 def texts(data: bytes, whole: bool = False) -> tuple[TokenText, ...]:

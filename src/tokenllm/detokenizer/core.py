@@ -98,7 +98,7 @@ def _last_word(begin: Begin, stream: TextStream, finished: int, cached: int) -> 
         prompt_tokens=begin.prompt_tokens,
         cached_tokens=cached,
         completion_tokens=stream.tokens_used,
-        by_stop_string=stream.stopped and finished == STILL_RUNNING,
+        by_stop_string=stream.stopped,
     )
 
 
