@@ -24,6 +24,7 @@ from tokenllm.messages import (
     Texts,
     TokenLogprob,
     TokenText,
+    Vector,
     make_uid,
 )
 from tokenllm.text.tokenizer import Decoder
@@ -193,3 +194,14 @@ def test_ready_goes_to_every_gateway_and_a_refusal_to_one() -> None:
     assert detokenizer.accept(ready) == {0: ready, 1: ready, 2: ready}
     refused = Refused(make_uid(2, 1, 1), 429, "queue_full", "full")
     assert detokenizer.accept(refused) == {2: refused}
+
+
+def test_a_vector_is_passed_on_and_its_last_word_follows() -> None:
+    """To whoever still waits for it."""
+    uid, gone = make_uid(1, 1, 1), make_uid(1, 1, 2)
+    detokenizer = Detokenizer(DECODER, 2)
+    detokenizer.accept(Begin(uid, 5))
+    news = [detokenizer.accept(message) for message in (Vector(uid, b"ab"), Vector(gone, b"zz"), Vector(uid, b"cd"))]
+    assert news == [{1: Texts((Delta(uid, "", 0, vector=b"ab"),))}, {}, {1: Texts((Delta(uid, "", 0, vector=b"cd"),))}]
+    [delta] = detokenizer.accept(step([(uid, [], FINISHED["stop"])]))[1].deltas  # type: ignore[union-attr]
+    assert delta == Delta(uid, "", 0, finish=Finish("stop", 5, 0, 0))

@@ -1,6 +1,7 @@
 """The whole server with the embedded model and the official client: what it says, how it streams, whom it lets go."""
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -179,3 +180,36 @@ def test_clear_words_for_bad_input(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="2048") as error:
         client.completions.create(model=MODEL, prompt=[5] * 2048, max_tokens=1)
     assert (error.value.code, error.value.param) == ("context_length_exceeded", "prompt")
+
+
+def test_vectors_of_texts(house: House, client: openai.OpenAI) -> None:
+    """They are those of each text alone, whatever else is read in the same steps; nothing is left of them."""
+    texts = ["The cat sits on the mat.", "A", "word " * 1200, "A cat is sitting on a mat."]
+    generated = house.metrics()["tokenllm_generation_tokens_total"]
+    for pooling in ("mean", "last"):
+
+        def embed(given: Any, pooling: str = pooling, **more: Any) -> Any:
+            return client.embeddings.create(model=MODEL, input=given, extra_body={"pooling": pooling}, **more)
+
+        together = embed(texts)
+        alone = [embed(text) for text in texts]
+        assert together.usage.prompt_tokens == sum(one.usage.prompt_tokens for one in alone) > 1200
+        for index, (one, other) in enumerate(zip(together.data, alone, strict=True)):
+            assert one.index == index and len(one.embedding) == 576
+            assert math.hypot(*one.embedding) == pytest.approx(1, abs=1e-5)
+            assert one.embedding == pytest.approx(other.data[0].embedding, abs=1e-3)
+        cat, _, _, other_cat = (one.embedding for one in together.data)
+        assert math.dist(cat, other_cat) > 0.01
+        [short] = embed(texts[0], dimensions=10).data
+        length = math.hypot(*cat[:10])
+        assert short.embedding == pytest.approx([value / length for value in cat[:10]], abs=1e-3)
+    assert house.metrics()["tokenllm_generation_tokens_total"] == generated
+    assert house.metrics()["tokenllm_kv_tokens_active"] == 0
+    assert house.metrics()["tokenllm_requests_running"] == 0
+
+
+def test_who_leaves_before_the_vectors_come_lets_go(house: House, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIError):  # the client has had enough, unless the server says so first
+        client.with_options(timeout=0.5).embeddings.create(model=MODEL, input=["word " * 1800] * 20)
+    eventually("nothing is held", lambda: house.metrics()["tokenllm_kv_tokens_active"] == 0, 5)
+    assert len(client.embeddings.create(model=MODEL, input="still there").data) == 1

@@ -131,7 +131,7 @@ def test_who_leaves_lets_go_of_all(fresh: GatewayUnderTest) -> None:
     assert fresh.generation
     generation = fresh.generation
     leaving = openai.OpenAI(base_url=f"{fresh.url}/v1", api_key="none", max_retries=0, timeout=1)
-    with pytest.raises(openai.APITimeoutError):
+    with pytest.raises(openai.APIError):  # the client has had enough, unless the server says so first
         embed(leaving, input=["HANG"] * 100)
     eventually(lambda: len(generation.aborts) == 64)
     eventually(lambda: fresh.finished("abort") == 64)
