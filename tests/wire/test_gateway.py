@@ -507,3 +507,9 @@ def _references(node: Any) -> Iterator[str]:
 def test_the_gateway_has_no_torch() -> None:
     program = "import sys, tokenllm.gateway.__main__; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_an_error_is_no_echo_of_what_was_sent(gateway: GatewayUnderTest) -> None:
+    answer = post(gateway, model="x" * 100_000)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    assert len(answer.content) < 1000

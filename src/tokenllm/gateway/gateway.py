@@ -33,6 +33,7 @@ MANY_LOGPROBS = 1000  # more are not put into words on the event loop
 SEED_BITS = 63
 TIERS = {"flex": -10, "priority": 10, "fast": 10}  # the others are 0
 STUCK_S = 30.0
+LONGEST_SHOWN = 256  # of a model's name that is none
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Gateway:
         return await self.off_loop(wording) if many else wording()
 
     def check_name(self, name: str | None) -> None:
-        if name not in (None, self.model.name):
-            message = f"the model {name!r} does not exist; this server has {self.model.name!r}"
+        if name is not None and name != self.model.name:
+            message = f"the model {name[:LONGEST_SHOWN]!r} does not exist; this server has {self.model.name!r}"
             raise ApiError(404, message, "model_not_found", param="model")
 
     def ready(self) -> Ready:
