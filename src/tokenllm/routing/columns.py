@@ -4,7 +4,8 @@ A running request computes `unread` tokens before its next one is sampled: its p
 it had generated too), then just its newest token. So it holds `prompt + generated - unread` tokens of KV memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +32,11 @@ class Columns:
     def __len__(self) -> int:
         return len(self.uid)
 
-    def take(self, places: Ints) -> "Columns":
-        return Columns(*[column[places] for column in vars(self).values()])
+    def take(self, places: Ints | slice) -> "Columns":
+        return Columns(*[column[places] for column in _columns(self)])
 
     def then(self, others: "Columns") -> "Columns":
-        return Columns(*map(np.concatenate, zip(vars(self).values(), vars(others).values(), strict=True)))
+        return Columns(*map(np.concatenate, zip(_columns(self), _columns(others), strict=True)))
 
     @property
     def whole(self) -> Ints:
@@ -55,6 +56,9 @@ class Columns:
     @property
     def decodes(self) -> NDArray[np.bool_]:
         return self.unread == 1
+
+
+_columns = attrgetter(*(field.name for field in fields(Columns)))
 
 
 @dataclass(frozen=True)

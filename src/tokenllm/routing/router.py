@@ -67,20 +67,21 @@ class Router:
 
     def _admit(self, now: float, running: Columns, waiting: Columns, free_tokens: int, budget: int, rows: int) -> Ints:
         """Candidates in their order, while this step has tokens to read left for them and the policy agrees."""
-        left = budget - int(running.unread[~running.decodes].sum())
+        left = budget - int(running.unread.sum() - np.count_nonzero(running.decodes))
         if left <= 0 or not len(waiting):
             return NOBODY
         places = self.policy.order(now, running, waiting, min(CANDIDATES, rows))
-        unread = waiting.unread[places]
-        fits = waiting.whole[places].cumsum() <= free_tokens  # whatever a policy hopes
-        candidates = waiting.take(places[(unread.cumsum() - unread < left) & fits])
+        candidates = waiting.take(places)
+        fits = candidates.whole.cumsum() <= free_tokens  # whatever a policy hopes
+        reads = candidates.unread.cumsum() - candidates.unread < left
+        candidates = candidates.take(slice(np.count_nonzero(fits & reads)))
         if not len(candidates):
             return NOBODY
         count = self.policy.admits(running, candidates, free_tokens + int(running.held.sum()))
         if not count and not len(running):
             count = 1  # whoever fits alone runs, whatever a policy fears
         if count:
-            self.policy.admitted(now, waiting.take(places[:count]))
+            self.policy.admitted(now, candidates.take(slice(count)))
         return places[:count]
 
     def _tokens(self, running: Columns, admitted: Ints, budget: int) -> Ints:

@@ -96,7 +96,7 @@ class Rows:
         self.planned[row] = self.adopted[row] = len(slots)
         return len(slots) - start
 
-    def learn(self, rows: Column, tokens: Column) -> None:
+    def learn(self, rows: Places, tokens: Column) -> None:
         """Each row has generated one more token."""
         self._ids[rows, self.prompt[rows] + self.generated[rows]] = tokens
         self.generated[rows] += 1

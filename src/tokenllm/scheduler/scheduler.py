@@ -342,11 +342,12 @@ class Scheduler:
         if not len(decodes.rows) and not chunks:
             return None
         plan = Plan(decodes, chunks)
-        return Planned(plan, self.rows.uids[plan.sampling_rows], self.rows.stays[plan.sampling_rows])
+        rows = plan.sampling_rows.astype(np.intp)
+        return Planned(plan, self.rows.uids[rows], self.rows.stays[rows])
 
     def settle(self, planned: Planned, sampled: Sampled) -> Step:
         """Enter what a step sampled, finish who is done, and tell the detokenizer."""
-        rows = planned.plan.sampling_rows
+        rows = planned.plan.sampling_rows.astype(np.intp)
         lives = self.rows.stays[rows] == planned.stays  # who ended or was paused after the launch is told nothing of it
         rows, uids, tokens = rows[lives], tuple(planned.uids[lives].tolist()), sampled.tokens[lives]
         self.rows.learn(rows, tokens)
@@ -390,7 +391,7 @@ class Scheduler:
             held = int(plan.decodes.positions.sum()) + decodes
             self._pace.took(seconds, held, decodes, plan.tokens - decodes)
 
-    def _finished(self, rows: Column, tokens: Column) -> NDArray[np.int8]:
+    def _finished(self, rows: Places, tokens: Column) -> NDArray[np.int8]:
         """How each row ends with this token, its newest, in the numbers of `Step.finished`."""
         at_length = self.rows.generated[rows] == self.rows.max_tokens[rows]
         finished = at_length * np.int8(FINISHED["length"])
