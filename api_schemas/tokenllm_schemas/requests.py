@@ -93,6 +93,13 @@ def functions_as_written(value: object, handler: Any) -> object:
     return as_written(value, handler)
 
 
+def no_more_choices(value: object, handler: Any) -> object:
+    """OpenAI allows more than this server promises."""
+    if type(value) is int and value > MAX_CHOICES_EACH:
+        raise unsupported("n", f"this server supports at most {MAX_CHOICES_EACH} choices (got {reprlib.repr(value)})")
+    return handler(value)
+
+
 SHAPE_ERRORS = {"string_type", "list_type", "int_type", "dict_type", "bool_type", "float_type"}
 ONE_OR_MANY: Final = (
     "a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty"
@@ -106,7 +113,7 @@ Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
 TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=INT32_MAX)]
 Seed: TypeAlias = Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)]
 CacheSalt: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
-Choices: TypeAlias = Annotated[int, Field(ge=1, le=MAX_CHOICES_EACH)]
+Choices: TypeAlias = Annotated[int, Field(ge=1, le=MAX_CHOICES_EACH), WrapValidator(no_more_choices)]
 Logprobs: TypeAlias = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenKey: TypeAlias = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$", description="A token id.")]
