@@ -61,4 +61,5 @@ MEANINGS: Final = {
     "top_logprobs": "How many alternatives to report for each generated token.",
     "top_p": "Draws from the likeliest tokens with this share of all chances; usually what the model recommends, or 1.",
     "user": "Returned as it came, or ignored.",
+    "verbosity": "How much to say, for chat templates that know of it.",
 }

@@ -110,6 +110,7 @@ Temperature: TypeAlias = Annotated[float, Field(ge=0, le=2)]
 TopP: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 TopK: TypeAlias = Annotated[int, Field(ge=-1, le=INT32_MAX, description="-1 and 0 mean all tokens.")]
 Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
+RepetitionPenalty: TypeAlias = Annotated[float, Field(ge=0.01, le=100)]
 TokenCount: TypeAlias = Annotated[int, Field(ge=1, le=INT32_MAX)]
 Seed: TypeAlias = Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)]
 CacheSalt: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
@@ -249,6 +250,7 @@ class TemplateFields(RequestBody):
     ) = Field(default=None, description="Shown to the model if its chat template knows tools.")
     documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: TemplateVariables | None = Field(
@@ -295,7 +297,8 @@ class Generation(RequestBody):
     cache_salt: CacheSalt | None = None  # only requests with the same share what was computed of their prompts
 
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    repeat_penalty: RepetitionPenalty | None = Field(default=None, description="Another word for repetition_penalty.")
     logit_bias: LogitBias | None = None
     allowed_token_ids: Annotated[list[TokenId], Field(max_length=MAX_BIASED_TOKENS)] | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None

@@ -15,6 +15,7 @@ from tokenllm.checkpoint.description import SamplingDefaults
 from tokenllm.gateway.circuit import Circuit
 from tokenllm.gateway.gateway import Gateway, room, sampling, tenant_of
 from tokenllm.gateway.reply import Said, total_usage
+from tokenllm.gateway.served_model import template_options
 from tokenllm.messages import Finish, Ready, TokenText
 from tokenllm_schemas.errors import ApiError
 from tokenllm_schemas.requests import ChatCompletionRequest, parse
@@ -34,6 +35,13 @@ def test_the_clients_word_comes_first_then_the_models() -> None:
     assert sampling(body(top_k=-1), recommended, seed=1).top_k == 0
     usual = sampling(body(), SamplingDefaults(), seed=1)
     assert (usual.temperature, usual.top_p, usual.top_k) == (1, 1, 0)
+
+
+def test_other_words_for_the_same() -> None:
+    assert sampling(body(repeat_penalty=1.5), SamplingDefaults(), seed=1).repetition_penalty == 1.5
+    assert template_options(body(verbosity="low")).variables == {"verbosity": "low"}
+    kwargs = {"verbosity": "high", "x": 1}
+    assert template_options(body(verbosity="low", chat_template_kwargs=kwargs)).variables == kwargs
 
 
 @pytest.mark.parametrize(("tokens", "aside"), [(0, False), (1000, False), (1001, True)])

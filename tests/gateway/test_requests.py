@@ -47,6 +47,7 @@ RANGES = {  # field: largest below, smallest, largest, smallest above
     "seed": (-(2**63) - 1, -(2**63), 2**63 - 1, 2**63),
     "min_p": (-0.001, 0, 1, 1.001),
     "repetition_penalty": (0.009, 0.01, 100, 100.1),
+    "repeat_penalty": (0.009, 0.01, 100, 100.1),
     "truncate_prompt_tokens": (-2, -1, 2**31 - 1, 2**31),
     "prompt_logprobs": (-1, 0, 20, 21),
     "priority": (-(2**31), -(2**31) + 1, 2**31 - 1, 2**31),

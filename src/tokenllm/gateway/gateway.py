@@ -184,7 +184,7 @@ def sampling(body: Generation, model: SamplingDefaults, seed: int) -> Sampling:
         presence_penalty=body.presence_penalty or 0.0,
         logprobs=body.alternatives(),
         min_p=body.min_p or 0.0,
-        repetition_penalty=body.repetition_penalty or 1.0,
+        repetition_penalty=body.repetition_penalty or body.repeat_penalty or 1.0,
         prompt_logprobs=body.prompt_alternatives(),
     )
 

@@ -90,10 +90,11 @@ class ServedModel(NamedTuple):
 
 def template_options(body: TemplateFields) -> TemplateOptions:
     """What a request asks of the chat template. The assistant's turn is opened for whoever does not say otherwise."""
+    verbosity = {"verbosity": body.verbosity} if body.verbosity else {}
     return TemplateOptions(
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
-        variables=body.chat_template_kwargs or {},
+        variables={**verbosity, **(body.chat_template_kwargs or {})},
         reasoning_effort=body.reasoning_effort,
         documents=body.documents or (),
     )
