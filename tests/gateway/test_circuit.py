@@ -300,7 +300,7 @@ def test_ready_means_that_answers_move_on(monkeypatch: pytest.MonkeyPatch) -> No
         circuit, page = new_circuit()
         gateway = gateway_module.Gateway(
             model=None, circuit=circuit, pages=[page], max_queued_requests=0, responses=None
-        )  # type: ignore[arg-type]
+        )  # type: ignore[arg-type]  # noqa: E501
         generation = Generation(1)
         generation.attach(circuit)
         await asyncio.sleep(0.15)

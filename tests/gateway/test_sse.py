@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
+from unittest.mock import AsyncMock
 
 import msgspec
 import pytest
@@ -11,12 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenllm.gateway import sse as sse_module
+from tokenllm.gateway.anthropic import MessageStory, Wording
 from tokenllm.gateway.chat import ChatFrames, chat_logprobs
 from tokenllm.gateway.completions import CompletionFrames
 from tokenllm.gateway.reply import Head, Reply, joined, whole
-from tokenllm.gateway.sse import DONE, KEEP_ALIVE, EventStream, event
+from tokenllm.gateway.response_stream import ResponseStory
+from tokenllm.gateway.response_wording import ResponseFrames, begun
+from tokenllm.gateway.sse import DONE, KEEP_ALIVE, ChoicesStory, EventStream, Story, event
 from tokenllm.messages import Delta, Finish, Sampling, Submit, TokenText
 from tokenllm_schemas.errors import ApiError
+from tokenllm_schemas.response_request import ResponseRequest
 from tokenllm_schemas.responses import ChatChunk, ChatChunkChoice, ChatDelta, TextChoice, TextCompletion
 
 HEAD = Head("chatcmpl-1", 7, 'a "model" \0', "f")
@@ -93,12 +98,12 @@ class Circuit:
 class Written:
     """An EventStream that runs, and what it has sent."""
 
-    def __init__(self, choices: int = 1, usage_wanted: bool = False, frames: Any = None) -> None:
+    def __init__(self, choices: int = 1, usage_wanted: bool = False, frames: Any = None, story: Any = None) -> None:
         self.circuit = Circuit(choices)
         self.sent: list[dict] = []
-        frames = frames or ChatFrames(HEAD, choices, usage_wanted)
+        story = story or ChoicesStory(frames or ChatFrames(HEAD, choices, usage_wanted), choices, usage_wanted)
         submits = [Submit(uid, b"\0\0\0\0", 1, Sampling(seed=0)) for uid in range(choices)]
-        stream = EventStream(self.circuit, submits, frames, choices, usage_wanted)  # type: ignore[arg-type]
+        stream = EventStream(self.circuit, submits, story)  # type: ignore[arg-type]
         self.task = asyncio.create_task(stream({"headers": []}, None, self._send))  # type: ignore[arg-type]
 
     async def _send(self, message: dict) -> None:
@@ -146,14 +151,24 @@ def test_one_write_for_what_waits() -> None:
     run(scenario)
 
 
-def test_tokens_without_text_are_not_written() -> None:
+def stories() -> list[Story]:
+    submit = Submit(0, b"\0\0\0\0", 1, Sampling(seed=0))
+    response = begun(ResponseRequest(model="m", input="hi"), "resp_1", submit)
+    chat = ChoicesStory(ChatFrames(HEAD, 1, False), 1, False)
+    return [chat, ResponseStory(ResponseFrames(response), AsyncMock()), MessageStory(Wording("msg_1", "m", 3, ()))]
+
+
+@pytest.mark.parametrize("story", stories(), ids=lambda story: type(story).__name__)
+def test_tokens_without_text_are_not_written(story: Story) -> None:
     async def scenario() -> None:
-        written = Written()
+        written = Written(story=story)
         written.circuit.say(0, "a")
         await written.settle()
+        waited_since_s = written.circuit.reply._waits_since_s
         written.circuit.say(0, "")
         await written.settle()
         assert len(written.bodies) == 1
+        assert written.circuit.reply._waits_since_s == waited_since_s, "its client has read nothing"
         written.task.cancel()
 
     run(scenario)

@@ -1,19 +1,18 @@
 """The endpoints of Anthropic's clients: a chat like the others, asked and answered in their words."""
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import msgspec
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
-from tokenllm.gateway.circuit import Circuit
 from tokenllm.gateway.endpoints import all_said, chat_prompt, chat_submits, json_answer
 from tokenllm.gateway.gateway import Gateway
-from tokenllm.gateway.patience import patience_of
-from tokenllm.gateway.reply import Reply, Said, client_reason, joined
-from tokenllm.gateway.sse import HEADERS, HOLE, SILENCE_S, event
-from tokenllm.messages import Finish, Submit
+from tokenllm.gateway.reply import Said, client_reason
+from tokenllm.gateway.sse import HOLE, EventStream, event
+from tokenllm.messages import Delta, Finish
 from tokenllm_schemas.anthropic import (
     AnthropicError,
     AnthropicMessage,
@@ -81,7 +80,7 @@ async def create_message(gateway: Gateway, request: Request) -> ASGIApp:
     [submit] = await chat_submits(gateway, request, chat, arrived_s)
     wording = Wording(gateway.head("msg").id, body.model, len(submit.prompt) // 4, chat.stop_strings())
     if body.stream:
-        return MessageStream(gateway.circuit, submit, wording)
+        return EventStream(gateway.circuit, [submit], MessageStory(wording))
     [said] = await all_said(gateway, request, [submit])
     return json_answer(wording.whole(said))
 
@@ -92,49 +91,29 @@ async def count_message_tokens(gateway: Gateway, request: Request) -> ASGIApp:
     return json_answer(TokenCountAnswer(len(await chat_prompt(gateway, chat))))
 
 
-class MessageStream:
-    """An answer that is written while it comes to be: one block of text."""
+class MessageStory:
+    """A message as a stream tells it: one block of text."""
 
-    def __init__(self, circuit: Circuit, submit: Submit, wording: Wording) -> None:
-        self._circuit = circuit
-        self._submit = submit
+    def __init__(self, wording: Wording) -> None:
+        self.silence = PING
         self._wording = wording
+        self._finish: Finish | None = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = self._circuit.submit([self._submit], patience_of(scope))
-        try:
-            # a refusal that comes before anything else is a proper status, so the headers wait for it
-            first = joined(await reply.deltas(SILENCE_S))
-            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-            await self._write(send, _named(MessageStart(self._wording.begun())) + BLOCK_START)
-            reply.written()
-            ending = await self._follow(reply, first, send)
-            await send({"type": "http.response.body", "body": ending, "more_body": False})
-        finally:
-            self._circuit.abandon(reply)
+    def opening(self) -> bytes:
+        return _named(MessageStart(self._wording.begun())) + BLOCK_START
 
-    async def _follow(self, reply: Reply, said: list[Said], send: Send) -> bytes:
-        """Write what is said; how it ends is left to be written with the end of the stream."""
-        try:
-            while not (said and said[-1].finish):
-                if text := "".join(one.text for one in said):
-                    await self._write(send, _text(text))
-                    reply.written()
-                elif not said:
-                    await self._write(send, PING)
-                said = joined(await reply.deltas(SILENCE_S))
-        except ApiError as error:
-            return _named(AnthropicError.of(error))
-        return self._ending(said[-1])
+    def told(self, deltas: Sequence[tuple[int, Delta]]) -> bytes:
+        self._finish = deltas[-1][1].finish if deltas else None
+        text = "".join(delta.text for _, delta in deltas)
+        return BEFORE_TEXT + msgspec.json.encode(text) + AFTER_TEXT if text else b""
 
-    def _ending(self, said: Said) -> bytes:
-        assert said.finish, "it is the last word"
-        text = _text(said.text) if said.text else b""
-        ended = MessageDelta(self._wording.ending(said.finish), _usage(said.finish))
-        return text + BLOCK_STOP + _named(ended) + _named(MessageStop())
+    def failure(self, error: ApiError) -> bytes:
+        return _named(AnthropicError.of(error))
 
-    async def _write(self, send: Send, piece: bytes) -> None:
-        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    async def closing(self) -> bytes:
+        assert self._finish, "a stream that did not fail has an end"
+        ended = MessageDelta(self._wording.ending(self._finish), _usage(self._finish))
+        return BLOCK_STOP + _named(ended) + _named(MessageStop())
 
 
 def _named(message: StreamEvent) -> bytes:
@@ -145,10 +124,6 @@ BLOCK_START = _named(ContentBlockStart(AnthropicText("")))
 BLOCK_STOP = _named(ContentBlockStop())
 PING = _named(Ping())
 BEFORE_TEXT, AFTER_TEXT = _named(ContentBlockDelta(TextDelta(HOLE))).split(b"\0")
-
-
-def _text(text: str) -> bytes:
-    return BEFORE_TEXT + msgspec.json.encode(text) + AFTER_TEXT
 
 
 def _stop_reason(finish: Finish) -> StopReason:

@@ -20,7 +20,7 @@ from tokenllm.gateway.patience import patience_of
 from tokenllm.gateway.reply import Head, Said, total_usage, whole
 from tokenllm.gateway.served_model import template_options
 from tokenllm.gateway.shown import Shown, shown_for
-from tokenllm.gateway.sse import EventStream, Frames
+from tokenllm.gateway.sse import ChoicesStory, EventStream, Frames
 from tokenllm.messages import Submit
 from tokenllm_schemas.requests import (
     INT32_MAX,
@@ -114,7 +114,7 @@ async def _generate(
         shown = await gateway.off_loop(shown_for, body, submits, gateway.model.tokenizer)
     if body.stream:
         frames = wording.frames(head, len(submits), usage_wanted, shown)
-        return EventStream(gateway.circuit, submits, frames, each, usage_wanted)
+        return EventStream(gateway.circuit, submits, ChoicesStory(frames, each, usage_wanted))
     said = await all_said(gateway, request, submits)
     usage = total_usage({one.index: one.finish for one in said if one.finish}, each)
     return await gateway.worded(said, lambda: json_answer(wording.whole(head, said, usage, shown)))

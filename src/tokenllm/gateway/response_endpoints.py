@@ -24,8 +24,9 @@ from tokenllm.gateway.response_prompt import (
     named_as_asked,
 )
 from tokenllm.gateway.response_store import Stored
-from tokenllm.gateway.response_stream import ResponseStream
+from tokenllm.gateway.response_stream import ResponseStory
 from tokenllm.gateway.response_wording import ResponseFrames, begun, ended
+from tokenllm.gateway.sse import EventStream
 from tokenllm_schemas.errors import ApiError, invalid, unsupported
 from tokenllm_schemas.response_object import AnyEvent, DeletedResponse, InputTokens, ItemList, Response
 from tokenllm_schemas.response_request import (
@@ -50,7 +51,7 @@ async def create_response(gateway: Gateway, request: Request) -> ASGIApp:
     response = begun(body, f"resp_{secrets.token_hex(KEY_BYTES)}", submit)
     finish = partial(_finished, gateway, submit.tenant, items, response)
     if body.stream:
-        return ResponseStream(gateway.circuit, submit, ResponseFrames(response), finish)
+        return EventStream(gateway.circuit, [submit], ResponseStory(ResponseFrames(response), finish))
     [said] = await all_said(gateway, request, [submit])
     response = await finish(said)
     return await gateway.worded([said], lambda: json_answer(response))
