@@ -188,7 +188,7 @@ def test_the_context_is_a_limit(client: openai.OpenAI, gateway: GatewayUnderTest
         ({"model": "other"}, openai.NotFoundError, "model_not_found", "model"),
         ({"temperature": 5}, openai.BadRequestError, "invalid_value", "temperature"),
         ({"messages": []}, openai.BadRequestError, "invalid_value", "messages"),
-        ({"n": 9}, openai.BadRequestError, "invalid_value", "n"),
+        ({"n": 9}, openai.BadRequestError, "unsupported_parameter", "n"),
         (
             {"response_format": {"type": "json_object"}},
             openai.BadRequestError,
