@@ -310,6 +310,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert adopted or (self.runner.index[row, : len(held)] == held).all()
 
     @invariant()
+    def what_rows_share_is_known_as_soon_as_anybody_asks(self) -> None:
+        for row in self.taken_rows() if hasattr(self, "scheduler") else ():
+            self.scheduler._see_who_shares()
+            request = self.scheduler._requests[int(self.scheduler.rows.uids[row])]
+            sole = self.scheduler.memory.prefixes.sole(request.node)
+            assert self.scheduler.rows.shared[row] == request.shared_tokens - sole
+
+    @invariant()
     def rows_go_to_those_who_live_and_the_first_come_first(self) -> None:
         if not hasattr(self, "scheduler"):
             return
