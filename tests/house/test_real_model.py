@@ -141,16 +141,37 @@ def test_a_client_that_leaves_frees_its_tokens_and_nobody_notices(house: House, 
 
 def test_equal_prompts_that_arrive_together_are_computed_once(house: House, client: openai.OpenAI) -> None:
     """P tokens for the first and one for each of its twins: the rest they share, and say so."""
-    text, computed = "Sixteen ask the same at once. " * 20, "tokenllm_prompt_tokens_computed_total"
+    text, computed = "Sixty-four ask the same at once. " * 20, "tokenllm_prompt_tokens_computed_total"
     before = house.metrics()[computed]
-    with ThreadPoolExecutor(16) as threads:
-        answers = list(threads.map(lambda _: greedy(client, text, 8), range(16)))
+    with ThreadPoolExecutor(64) as threads:
+        answers = list(threads.map(lambda _: greedy(client, text, 8), range(64)))
     prompt = answers[0].usage.prompt_tokens
     assert prompt > 100
-    assert house.metrics()[computed] - before <= prompt + 16
+    assert house.metrics()[computed] - before <= prompt + 64
     cached = sorted(answer.usage.prompt_tokens_details.cached_tokens for answer in answers)
-    assert cached[1:] == [prompt - 1] * 15
+    assert cached[1:] == [prompt - 1] * 63
     assert len({answer.choices[0].message.content for answer in answers}) == 1
+
+
+def test_a_long_shared_prefix_is_waited_for_once(house: House, client: openai.OpenAI) -> None:
+    """Whoever comes later computes its own words alone, and has its first token as soon as if there were no others."""
+
+    def first_token(text: str) -> tuple[float, int]:
+        """How long it took, and how many prompt tokens were computed for it."""
+        began, before = time.monotonic(), house.metrics()["tokenllm_prompt_tokens_computed_total"]
+        chunks = greedy(client, text, 1, stream=True)
+        next(chunk for chunk in chunks if chunk.choices and chunk.choices[0].delta.content)
+        took = time.monotonic() - began
+        chunks.close()
+        return took, house.metrics()["tokenllm_prompt_tokens_computed_total"] - before
+
+    shared = "Whoever wants to know what the sea says has to listen for a long time. " * 110
+    first_s, first = first_token(shared + "Why?")
+    _, own = first_token("Why?")
+    later = [first_token(shared + end) for end in ("Where?", "Who?", "Since when?")]
+    assert first > 1700
+    assert max(computed for _, computed in later) <= own + 8
+    assert min(took for took, _ in later) < first_s / 5
 
 
 def test_seeds_and_choices(house: House, client: openai.OpenAI) -> None:

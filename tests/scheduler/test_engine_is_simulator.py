@@ -220,7 +220,7 @@ houses = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(workloads(), houses)
 def test_the_engine_does_what_the_simulator_says(work: Workload, house: House) -> None:
     assert in_the_engine(work, house) == in_the_simulator(work, house)
