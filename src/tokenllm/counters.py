@@ -33,6 +33,7 @@ METRICS = (
     Metric("tokenllm_requests_running", "gauge", "Requests in the running batch."),
     Metric("tokenllm_requests_waiting", "gauge", "Requests waiting for room in the batch."),
     Metric("tokenllm_predicted_peak_tokens", "gauge", "Most token slots the running batch is expected to hold."),
+    Metric("tokenllm_retry_after_seconds", "gauge", "When it is worth coming back to a full queue; 0: nobody waits."),
     Metric("tokenllm_last_step_monotonic_seconds", "gauge", "When the last step ended, by the host's monotonic clock."),
     Metric(
         "tokenllm_requests_finished_total",

@@ -13,7 +13,7 @@ from tokenllm.gateway.metrics import render
 
 CONTRACT = {
     "gauge": "kv_tokens_capacity kv_tokens_free kv_tokens_cached kv_tokens_active requests_running requests_waiting "
-    "predicted_peak_tokens last_step_monotonic_seconds",
+    "predicted_peak_tokens retry_after_seconds last_step_monotonic_seconds",
     "counter": "requests_finished_total prompt_tokens_total prompt_tokens_computed_total generation_tokens_total "
     "preemptions_total restarts_total steps_total kernel_compilations_total ring_corrupt_total",
     "histogram": "time_to_first_token_seconds inter_token_latency_seconds request_seconds step_seconds",

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tokenllm.counters import Page, create_page
 from tokenllm.engine.batch import Plan, Sampled
 from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import FINISH_REASONS, Begin, Message, Sampling, Step, Submit, Vector
@@ -69,6 +70,22 @@ def test_nobody_waits_when_it_sleeps(ahead: int, capacity: int) -> None:
     assert not books.rows.running
     told = [token for message in ring.sent if isinstance(message, Step) for token in message.counts]
     assert sum(told) == 15
+
+
+def test_when_to_come_back_is_published_while_somebody_waits() -> None:
+    prompt = np.arange(4, dtype="<i4").tobytes()
+    ring = FakeRing([Submit(uid, prompt, 3, Sampling(seed=0), ignore_eos=True) for uid in range(5)])
+    books = Scheduler(
+        TokenMemory(6), Router(WorstCase(), None, 4), rows=4, max_positions=6, prefill_chunk_tokens=8, most_chunks=8,
+        most_context_tokens=999, max_queued_requests=9, max_queued_tokens=99, eos_ids=frozenset(),
+    )  # fmt: skip
+    page = Page(create_page())
+    loop = Loop(books, FakeRunner(0), [ring], ring, page, None)  # type: ignore[arg-type]
+    loop.turn()
+    assert books.waiting and page.get("tokenllm_retry_after_seconds") == 1
+    while loop.turn():
+        pass
+    assert page.get("tokenllm_retry_after_seconds") == 0
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

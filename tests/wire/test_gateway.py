@@ -402,9 +402,12 @@ def test_a_full_queue_is_said_early(fresh: GatewayUnderTest) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
     many = post(gateway, "/v1/completions", prompt=["a", "b"], n=2)
     assert many.status_code == 429
-    gateway.refused_early = 3 + 4
-    assert gateway.finished("refused") == gateway.refused_early
-    assert refused.json()["error"]["type"] == "rate_limit_error" and int(refused.headers["retry-after"]) >= 1
+    gateway.refused_early = 3 + 4 + 1
+    assert gateway.finished("refused") == gateway.refused_early - 1
+    assert refused.json()["error"]["type"] == "rate_limit_error" and refused.headers["retry-after"] == "1"
+    gateway.scheduler_page.set("tokenllm_retry_after_seconds", 7)
+    assert post(gateway).headers["retry-after"] == "7"
+    gateway.scheduler_page.set("tokenllm_retry_after_seconds", 0)
     gateway.scheduler_page.set("tokenllm_requests_waiting", 2)
     assert post(gateway, max_tokens=1).status_code == 200
     gateway.scheduler_page.set("tokenllm_requests_waiting", 0)

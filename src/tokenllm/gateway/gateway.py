@@ -86,8 +86,9 @@ class Gateway:
         waiting = int(total(self.pages, "tokenllm_requests_waiting"))
         if waiting and waiting >= self.max_queued_requests:
             self.circuit.count_refused(choices)
+            retry_after_s = max(1, int(total(self.pages, "tokenllm_retry_after_seconds")))
             message = f"the queue is full: {waiting} requests wait"
-            raise ApiError(429, message, "queue_full", headers={"retry-after": "1"})
+            raise ApiError(429, message, "queue_full", headers={"retry-after": str(retry_after_s)})
 
     def check_progress(self) -> None:
         """Ready means: the model is loaded, and what was asked of it moves on, as far as this gateway can see."""

@@ -118,6 +118,7 @@ class Loop(Generic[Flight]):
         page.set("tokenllm_requests_waiting", len(scheduler.waiting))
         if resting or time.monotonic() > self._foreseen_s + FORESEEN_EVERY_S:
             page.set("tokenllm_predicted_peak_tokens", scheduler.predicted_peak)
+            page.set("tokenllm_retry_after_seconds", scheduler.retry_after_s if scheduler.waiting else 0)
             self._foreseen_s = time.monotonic()
 
 

@@ -98,6 +98,11 @@ class Scheduler:
         """The most tokens that those who run are expected to hold together."""
         return int(self.router.policy.peak(self.rows.columns(self.rows.staying())))
 
+    @property
+    def retry_after_s(self) -> int:
+        """When it is worth coming back to a full queue."""
+        return self._backlog.retry_after_s(self.waiting.columns()) if self._backlog else 1
+
     def accept(self, message: Inbound) -> list[Begin | Refused | Step]:
         """Take a message; what it returns is for the detokenizer."""
         match message:
@@ -129,7 +134,7 @@ class Scheduler:
         if not self._may_wait(request):
             requests, tokens = len(self.waiting), self.waiting.prompt_tokens
             word = f"the queue is full: {requests} requests with {tokens} prompt tokens wait"
-            return Refused(submit.uid, 429, "queue_full", word, self._retry_after_s())
+            return Refused(submit.uid, 429, "queue_full", word, self.retry_after_s)
         return None
 
     def _may_wait(self, request: Request) -> bool:
@@ -142,9 +147,6 @@ class Scheduler:
             most_requests, most_tokens = most_requests + self.rows.free, most_tokens + self.memory.available
         short = not self.waiting or self.waiting.prompt_tokens + len(request.prompt) <= most_tokens
         return len(self.waiting) < most_requests and short
-
-    def _retry_after_s(self) -> int:
-        return self._backlog.retry_after_s(self.waiting.columns()) if self._backlog else 1
 
     def _wait(self, request: Request) -> None:
         self.waiting.add(request, *self._look(request))
