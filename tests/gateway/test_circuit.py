@@ -5,6 +5,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -298,9 +299,8 @@ def test_ready_means_that_answers_move_on(monkeypatch: pytest.MonkeyPatch) -> No
 
     async def scenario() -> None:
         circuit, page = new_circuit()
-        gateway = gateway_module.Gateway(
-            model=None, circuit=circuit, pages=[page], max_queued_requests=0, responses=None
-        )  # type: ignore[arg-type]  # noqa: E501
+        nothing: Any = None
+        gateway = gateway_module.Gateway(nothing, circuit, [page], max_queued_requests=0, responses=nothing)
         generation = Generation(1)
         generation.attach(circuit)
         await asyncio.sleep(0.15)
