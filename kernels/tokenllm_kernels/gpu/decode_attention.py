@@ -28,6 +28,11 @@ from tokenllm_kernels.gpu.device import multiprocessors
 from tokenllm_kernels.gpu.launch import after_predecessors, dependent, let_successors_begin
 from tokenllm_kernels.gpu.shared_prefix import LOG2_E, PrefixPartials, begin_after_prefix
 
+# So many programs share a head at most, while pieces are no longer than that: more have more to merge than they save.
+# On an H100 one sequence of 4096 tokens takes 32 µs in pieces of one tile, 19 in pieces of four; one of 1024 10 and 13.
+_MERGED = tl.constexpr(16)
+_SHORT = tl.constexpr(4)
+
 
 @dataclass(frozen=True)
 class DecodeTiling:
@@ -87,7 +92,8 @@ def _plan_kernel(
     tiles = tl.cdiv(own, BLOCK_N)
     upto = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0) * kv_heads
-    each = tl.maximum(tl.cdiv(total, programs), 1)
+    merged = tl.minimum(tl.cdiv(tl.max(tiles, 0), _MERGED), _SHORT)
+    each = tl.maximum(tl.maximum(tl.cdiv(total, programs), merged), 1)
     if tl.program_id(0) == 0:
         tl.store(before, 0)
         tl.store(before + 1 + sequence, upto, mask=there)

@@ -57,7 +57,8 @@ def _measure(decoder: Decoder, limits: Limits, wanted: int) -> int:
     """Tokens of KV memory that fit beside the buffers and the largest step, which is run once to see what it takes."""
     free_before, total = torch.cuda.mem_get_info()
     step = DeviceStep(decoder, limits)
-    step.body(decoder.kv_memory(limits.tokens), limits.tokens, limits.rows, limits.chunks, gather=step.gathers, share=True)
+    largest = limits.tokens, limits.rows, limits.chunks
+    step.body(decoder.kv_memory(limits.tokens), *largest, gather=step.gathers, share=True)
     step.head(limits.rows)
     torch.cuda.synchronize()
     taken = free_before - torch.cuda.mem_get_info()[0] - limits.tokens * decoder.kv_bytes_per_token
