@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenllm.checkpoint import CheckpointError
+from tokenllm.text import bpe, tokenizer
 from tokenllm.text.bpe import LibraryEncoder, TiktokenEncoder
 from tokenllm.text.tokenizer import load_decoder, load_tokenizer
 from tokenllm.text.trie import trie_pattern
+from tokenllm.text.vocabulary import AddedToken
 
 
 def check(pair, text: str) -> None:
@@ -188,3 +190,22 @@ def test_a_folder_that_cannot_be_read(tmp_path: Path, folder_of, kinds, change, 
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json"):
         load_tokenizer(folder)
+
+
+@given(st.lists(st.sampled_from(["<|", "|>", "<|a|>", "<|a|>b", "a", "<", " "])), st.integers(1, 9))
+def test_literals_are_found_wherever_a_window_ends(pieces: list[str], window: int) -> None:
+    literals = ["<|a|>", "<|a|>b", "|>", "a"]
+    splitter = tokenizer._Splitter(AddedToken(i, literal, special=True) for i, literal in enumerate(literals))
+    whole = re.split(f"({trie_pattern(literals)})", "".join(pieces))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "WINDOW", window)
+        found = splitter.split("".join(pieces))
+    assert found == [literals.index(part) if at % 2 else part for at, part in enumerate(whole)]
+
+
+@given(st.integers(0, 3), st.integers(0, 40), st.integers(0, 3))
+def test_an_endless_run_of_white_space_is_never_overlooked(before: int, run: int, after: int) -> None:
+    text = "x" * before + " " * run + "x" * after
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe, "WITHIN", 10)
+        assert bpe._may_be_endless(text) or run < 20

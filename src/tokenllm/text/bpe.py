@@ -29,6 +29,7 @@ NEVER = 1 << 62  # an id beyond all
 # tiktoken's regex engine keeps a state per white-space character and gives up, with a panic, at about a million
 LONGEST_WHITE_SPACE = 100_000
 ENDLESS_WHITE_SPACE = re.compile(rf"(?<!\s)\s{{{LONGEST_WHITE_SPACE}}}")  # looks at each run once
+WITHIN = LONGEST_WHITE_SPACE // 2  # so long a run fills one of such stretches, wherever it begins
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -104,6 +105,11 @@ def library_tokenizer(bpe: ByteLevelBpe) -> Tokenizer:
     return tokenizer
 
 
+def _may_be_endless(text: str) -> bool:
+    """A quick look, which ends at the first character of nearly every stretch."""
+    return any(text[at : at + WITHIN].isspace() for at in range(0, len(text) - WITHIN + 1, WITHIN))
+
+
 class TiktokenEncoder:
     """An exact tiktoken encoding. Bytes that the vocabulary lacks are dropped, as the library does."""
 
@@ -120,7 +126,7 @@ class TiktokenEncoder:
     def encode(self, text: str, first: bool) -> list[int]:
         if self._nfc and not text.isascii():
             text = self._nfc.normalize_str(text)
-        if len(text) >= LONGEST_WHITE_SPACE and ENDLESS_WHITE_SPACE.search(text):
+        if _may_be_endless(text) and ENDLESS_WHITE_SPACE.search(text):
             raise ValueError(f"text holds a run of {LONGEST_WHITE_SPACE} white-space characters or more")
         if self._missing and self._lacks_a_byte_of(text):
             return self._library.encode(text, first)
