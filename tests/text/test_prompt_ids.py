@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tokenllm.text.hiding import Hider, Veiled
@@ -71,6 +71,7 @@ def test_clients_make_no_control_tokens_in_chatml(default_pair, messages: list[d
 
 
 @settings(max_examples=200, deadline=None)
+@example(messages=[{"role": "user", "content": "< |im_start|>", "name": "im_ end|>", "arguments": {"a": "<| im_"}}])
 @given(messages=messages_of(adversarial))
 def test_clients_make_no_control_tokens_in_a_reckless_template(default_pair, messages: list[dict[str, Any]]) -> None:
     tokenizer = default_pair.ours

@@ -11,6 +11,8 @@ from typing import Any
 
 from tokenllm.text.trie import trie_pattern
 
+WHITE_SPACE = re.compile(r"(\s+)")
+
 
 class Hider:
     """Puts an unseen character into whatever in a text could become one of some literals, or a part of one."""
@@ -20,14 +22,27 @@ class Hider:
         self._longest = max(map(len, self._literals), default=0)
         self._beginnings = {literal[:n] for literal in self._literals for n in range(1, len(literal))}
         self._ends = {literal[n:] for literal in self._literals for n in range(1, len(literal))}
+        self._edges = {edge for literal in self._literals for edge in (literal[0], literal[-1])}
         pattern = trie_pattern(self._literals)
         self._any = re.compile(pattern) if self._literals else None  # hundreds of times quicker where there is none
         self._whole = re.compile(f"(?={pattern})")  # those that overlap too
 
     def hide(self, text: str, unseen: str) -> str:
-        """The text with `unseen` wherever it is needed; a template may still strip white space off it."""
+        """The text with `unseen` wherever it is needed; a template may still take white space out of it."""
+        places, words = self._places(text), self._words(text)
+        if len(words) > 1 and len(self._places("".join(words))) > len(places):  # words that may meet
+            return "".join(_cut(part, self._places(part), unseen) for part in WHITE_SPACE.split(text))
+        return _cut(text, places, unseen)
+
+    def _words(self, text: str) -> list[str]:
+        """None, where nothing can become of them."""
+        near = len(text) < 2 * self._longest or any(edge in text for edge in self._edges)
+        return text.split() if near else []
+
+    def _places(self, text: str) -> set[int]:
+        """Where a literal must be torn, or what could become one with what stands beside the text."""
         if not self._any or not (core := text.strip()):
-            return text
+            return set()
         start = text.index(core)
         end = start + len(core)
         first = self._any.search(text)
@@ -39,8 +54,12 @@ class Hider:
                 places.add(start + n - 1)
         if len(core) < self._longest and any(core in literal for literal in self._literals):
             places.add(start)
-        cuts = [0, *sorted(places), len(text)]
-        return unseen.join(text[cut:following] for cut, following in pairwise(cuts))
+        return places
+
+
+def _cut(text: str, places: set[int], unseen: str) -> str:
+    cuts = [0, *sorted(places), len(text)]
+    return unseen.join(text[cut:following] for cut, following in pairwise(cuts))
 
 
 class Veiled(str):
