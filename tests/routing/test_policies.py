@@ -92,7 +92,7 @@ def test_past_future_draws_from_the_past_of_those_who_got_as_far() -> None:
     policy.admits(NOBODY, columns([(1, 0, 1000)]), 1e9)
     for length in range(100, 400):
         policy.learn(0, length)
-    draws = policy._draw(columns([(10, 250, 1000)], running=True), 4000)
+    draws = policy._draw(columns([(10, 250, 1000)], running=True), 4000, np.random.default_rng(3))
     assert 1 <= draws.min() < 10
     assert np.median(draws) == pytest.approx(75, abs=8)
 
