@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENT, FRONTIER = ROOT / "docs/scheduling.md", ROOT / "docs/figures/scheduling-frontier.png"
 BEGIN, END = "<!-- table: make router-report -->", "<!-- end of table -->"
 NAMES = (*POLICIES, FIRST_COME_ORACLE, ORACLE)
-PAUSED = (0.005, 0.01, 0.025, 0.05, 0.1)
+PAUSED = (0.005, 0.01, 0.022, 0.05, 0.1)
 RESERVES = (0.0, 0.03, 0.08, 0.15)
 SEED = 1
 
