@@ -14,7 +14,7 @@ from tokenllm.routing.pace import Pace
 from tokenllm.routing.past_future import PastFuture
 from tokenllm.routing.peaks import peak
 from tokenllm.routing.router import Router
-from tokenllm.routing.tokenllm import AHEAD, PAUSED, TokenLLM
+from tokenllm.routing.tokenllm import AHEAD, PAUSED, STEP, TokenLLM
 
 PACE = Pace(step_s=0.005, per_held_s=4e-8, per_decode_s=0, per_read_s=2.4e-5, target_s=0.1)
 
