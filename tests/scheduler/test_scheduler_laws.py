@@ -731,3 +731,20 @@ def test_what_is_averaged_is_computed_anew_and_then_shared() -> None:
         computed[uid] = planned.plan.tokens
         books.settle(planned, runner.collect(runner.launch(planned.plan)))
     assert computed == {0: 10, 1: 10, 2: 1, 3: 1}
+
+
+def test_who_was_admitted_on_old_news_and_leaves_no_room_gives_way_at_once() -> None:
+    """It was to share what another held, who has left since: with it, nobody can read on, and nothing else happens."""
+    books, runner = paused_books(prefill_chunk_tokens=20)
+    books.router.policy.reading_order = lambda unread: unread.argsort(kind="stable")
+    long, shared = submit_of(1, prompt=35, max_tokens=2), submit_of(2, prompt=10, max_tokens=2)
+    late = replace(shared, uid=3, prompt=shared.prompt + b"\3\0\0\0", max_tokens=1)
+    for submit in (long, shared):
+        books.accept(submit)
+        step_of(books, runner)
+    books.accept(late)
+    books.accept(Abort(shared.uid))
+    books._look_again = lambda: None  # it is the turn of others, of whom many wait
+    ended = 0
+    while ended < 2:
+        ended += sum(code > 0 for code in step_of(books, runner).finished)

@@ -233,7 +233,8 @@ class Scheduler:
         to_read = int(decision.tokens.sum()) - len(streams)
         self._admit(decision.admit)
         planned = self._planned(decodes, tuple(self._chunks(self._prompt_tokens(to_read, len(decodes.rows)))))
-        return planned or (self.plan() if len(decision.pause) else None)
+        # who was admitted on old news may have left no room to read in: somebody gives way
+        return planned or (self.plan() if len(decision.pause) or len(decision.admit) else None)
 
     def _see_who_shares(self) -> None:
         """Ask anew what each row shares when somebody came to share what another had alone, or left it alone again."""
