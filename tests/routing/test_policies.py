@@ -189,6 +189,27 @@ def test_priority_goes_first_and_tenants_take_turns() -> None:
     assert set(policy.order(0.0, NOBODY, many, 2).tolist()) & {6, 7}
 
 
+def test_a_tenant_that_comes_back_has_no_claim_on_what_others_had_meanwhile() -> None:
+    policy = policy_of(10_000)
+    first, second = (columns([(100, 0, 50)] * 40, tenant=[tenant] * 40) for tenant in (1, 2))
+    policy.order(0.0, NOBODY, first.then(second), 80)
+    policy.admitted(0.0, second.take(slice(4)))
+    for _ in range(3):  # the first has gone
+        policy.order(0.0, NOBODY, second, 40)
+        policy.admitted(0.0, second)
+    served = policy.order(0.0, NOBODY, first.then(second), 80)[:20] // 40
+    assert 8 <= served.sum() <= 12, "they take turns from now on"
+
+
+def test_of_tenants_that_have_gone_nothing_is_kept() -> None:
+    """A tenant is whoever shows a key, and keys cost nothing."""
+    policy = policy_of(10_000)
+    for tenant in range(100):
+        one = columns([(100, 0, 50)], tenant=[tenant << 20])
+        policy.admitted(0.0, one.take(policy.order(0.0, NOBODY, one, 1)))
+    assert len(policy._served) == 1
+
+
 @given(requests, requests, st.integers(0, 3000))
 def test_a_step_never_takes_more_than_is_free(
     running: list[tuple[int, int, int]], waiting: list[tuple[int, int, int]], free: int

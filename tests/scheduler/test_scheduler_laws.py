@@ -692,7 +692,7 @@ def test_a_refusal_says_when_to_come_back() -> None:
 
 def columns_of(submit: Submit) -> Columns:
     queue = Queue()
-    queue.add(Request(submit, 0.0, 0), len(submit.prompt) // 4, 0)
+    queue.add(Request(submit, 0.0), len(submit.prompt) // 4, 0)
     return queue.columns()
 
 

@@ -21,12 +21,13 @@ class ShortestService(FirstCome):
         max(IN_TIME_S, PATIENCE · service of all who wait / service admitted per second lately)
 
     because first come, first served would let its newest request wait for that quotient. Between tenants the service
-    is kept equal: a turn is what the tenant has had, and all of its own that go before.
+    is kept equal: a turn is what the tenant has had, and all of its own that go before. Who comes, or comes back after
+    its last request has ended, starts beside the one that has had least, not with a claim on the past.
     """
 
     def __init__(self, pace: Pace, capacity: int) -> None:
         self._pace, self._capacity = pace, capacity
-        self._served: Floats = np.zeros(1)  # service of each tenant so far
+        self._served: dict[int, float] = {}  # service of each tenant since it came
         self._rate, self._rate_at_s = 0.0, 0.0
 
     def expected(self, waiting: Columns) -> Floats:
@@ -39,7 +40,7 @@ class ShortestService(FirstCome):
     def order(self, now: float, running: Columns, waiting: Columns, most: int) -> Ints:
         service, waited = self.service(waiting), now - waiting.arrival
         patience = max(IN_TIME_S, PATIENCE * float(service.sum()) / max(self._rate, 1e-9))
-        key = np.where(waited > IN_TIME_S, BAND - waited, self._turns(waiting.tenant, service))
+        key = np.where(waited > IN_TIME_S, BAND - waited, self._turns(running.tenant, waiting.tenant, service))
         key[waited > patience] -= 3 * BAND
         key[waiting.generated > 0] -= 6 * BAND  # its stream stands still
         key -= waiting.priority * (20 * BAND)
@@ -48,29 +49,32 @@ class ShortestService(FirstCome):
         first = np.argpartition(key, most)[:most]
         return first[np.argsort(key[first], kind="stable")]
 
-    def _turns(self, tenants: Ints, service: Floats) -> Floats:
-        most = int(tenants.max())
-        self._meet(most)
-        if not most:
+    def _turns(self, running: Ints, waiting: Ints, service: Floats) -> Floats:
+        """The tenants of those who run, of those who wait, and the latter's service."""
+        tenants = np.concatenate((running, waiting))
+        if (tenants == tenants[0]).all():
+            self._see_who_is_here([int(tenants[0])])
             return service
-        places = np.argsort(tenants * BAND + service)
-        so_far, sorted_tenants = service[places].cumsum(), tenants[places]
-        starts = np.searchsorted(sorted_tenants, np.arange(most + 1))
+        here, which = np.unique(tenants, return_inverse=True)
+        which = which[len(running) :]
+        places = np.argsort(which * BAND + service)
+        so_far, sorted_tenants = service[places].cumsum(), which[places]
+        starts = np.searchsorted(sorted_tenants, np.arange(len(here)))
         before = np.concatenate(([0.0], so_far))[starts]
         turns = np.empty_like(service)
-        turns[places] = so_far + (self._served[: most + 1] - before)[sorted_tenants]
+        turns[places] = so_far + (self._see_who_is_here(here.tolist()) - before)[sorted_tenants]
         return turns
 
-    def _meet(self, tenant: int) -> None:
-        """A tenant that is new starts beside the one that has had least, not with a claim on the past."""
-        if tenant >= len(self._served):
-            least = self._served[1:].min() if len(self._served) > 1 else self._served[0]
-            self._served = np.append(self._served, np.full(tenant + 1 - len(self._served), least))
+    def _see_who_is_here(self, tenants: list[int]) -> Floats:
+        """What each has had; the others are forgotten."""
+        had = {tenant: self._served[tenant] for tenant in tenants if tenant in self._served}
+        self._served = dict.fromkeys(tenants, min(had.values(), default=0.0)) | had
+        return np.array(list(self._served.values()))
 
     def admitted(self, now: float, requests: Columns) -> None:
         service = self.service(requests)
-        self._meet(int(requests.tenant.max()))
-        np.add.at(self._served, requests.tenant, service)
+        for tenant, one in zip(requests.tenant.tolist(), service.tolist(), strict=True):
+            self._served[tenant] = self._served.get(tenant, 0.0) + one
         fades = np.exp((self._rate_at_s - now) / WINDOW_S)
         self._rate = float(self._rate * fades + service.sum() / WINDOW_S)
         self._rate_at_s = now

@@ -16,7 +16,7 @@ HIGHEST_PRIORITY = 100
 class Request:
     """An accepted request. It holds a row of the batch while it runs: from its admission to its end, or to a pause."""
 
-    def __init__(self, submit: Submit, arrival_s: float, tenant: int) -> None:
+    def __init__(self, submit: Submit, arrival_s: float) -> None:
         sampling = submit.sampling
         self.uid = submit.uid
         self.prompt = np.frombuffer(submit.prompt, dtype="<i4")
@@ -30,7 +30,7 @@ class Request:
         self.rule = _rule(sampling, self.prompt)
         self.realm = Realm(submit.tenant, submit.cache_salt, submit.adapter or "", "")
         self.arrival_s = arrival_s
-        self.tenant = tenant
+        self.tenant = zlib.crc32(submit.tenant.encode()) >> 1  # a number that stands for it, of 31 bits
         self.priority = max(-HIGHEST_PRIORITY, min(HIGHEST_PRIORITY, submit.priority))
         self.kind = 0  # the policy's word for what it is
         self.was_paused = False

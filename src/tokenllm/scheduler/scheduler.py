@@ -83,7 +83,6 @@ class Scheduler:
         self._untimed = 0  # steps without prompts since the pace was told of one
         self._requests: dict[int, Request] = {}  # all that wait or run, by uid
         self._reading: list[Request] = []  # those who run and whose texts are not planned to the end
-        self._tenants: dict[str, int] = {}
         self._changed = False  # somebody came or went since the router was last asked
         self._passed_over = False  # it left somebody waiting
         self._looked = 0  # place in the queue
@@ -114,7 +113,7 @@ class Scheduler:
                 return self._abort([uid for uid in self._requests if gateway_of(uid) == (slot, incarnation)])
 
     def _enqueue(self, submit: Submit) -> Begin | Refused:
-        request = Request(submit, self._clock(), self._tenants.setdefault(submit.tenant, len(self._tenants)))
+        request = Request(submit, self._clock())
         if refusal := self._refusal(submit, request):
             return refusal
         request.kind = self.router.policy.kind(request.application, request.max_tokens)
