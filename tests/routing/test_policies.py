@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenllm.routing.columns import Columns
 from tokenllm.routing.conservative import WorstCase
 from tokenllm.routing.first_come import FirstCome
-from tokenllm.routing.lengths import Lengths, bins
+from tokenllm.routing.lengths import MOST_SEEN, Lengths, bins
 from tokenllm.routing.lightllm import LightLLM
 from tokenllm.routing.pace import Pace
 from tokenllm.routing.past_future import PastFuture
@@ -124,6 +124,12 @@ def test_an_application_of_its_own_is_told_apart_and_a_new_one_leans_on_its_clas
     lengths.refresh(np.zeros(0, int), np.zeros(0, int))
     assert lengths.mean[short] < 60 < lengths.mean[everybody]
     assert lengths.kind(8, 1000) == everybody
+
+
+def test_however_many_were_seen_but_once_an_application_is_still_learned() -> None:
+    lengths = Lengths()
+    everybody = {lengths.kind(group, 1000) for group in range(MOST_SEEN + 1)}
+    assert len(everybody) == 1 and [lengths.kind(7, 1000) for _ in range(40)][-1] not in everybody
 
 
 def test_a_class_that_is_new_leans_on_all_others() -> None:

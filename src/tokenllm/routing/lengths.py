@@ -22,6 +22,7 @@ TAIL = 2.0
 MOST_ENDING = 0.5  # of those who reach a bin, as a guess
 SEEN_OFTEN = 8  # requests of an application before it has a row
 MOST_ROWS = 1024
+MOST_SEEN = MOST_ROWS * 64  # applications that are counted at once
 
 EDGES: Ints = np.unique(
     np.concatenate((np.arange(FINE + 1), FINE * 1.015 ** np.arange(1, 513), [LOOKED_UP])).astype(np.int64)
@@ -75,11 +76,16 @@ class Lengths:
             self._longest[parent] = max_tokens
             self._longest[0] = max(self._longest[0], max_tokens)
             self._stale = True
-        if group >= 0 and len(self._seen) < MOST_ROWS * 64:
-            self._seen[group, size] = seen = self._seen.get((group, size), 0) + 1
-            if seen > SEEN_OFTEN and len(self._parents) < MOST_ROWS:
-                return self._new_row((group, size), parent)
+        if group >= 0 and len(self._parents) < MOST_ROWS and self._is_often_seen((group, size)):
+            return self._new_row((group, size), parent)
         return parent
+
+    def _is_often_seen(self, key: tuple[int, int]) -> bool:
+        """Counted anew after many that were not: most beginnings are seen once."""
+        if len(self._seen) >= MOST_SEEN:
+            self._seen.clear()
+        self._seen[key] = self._seen.get(key, 0) + 1
+        return self._seen[key] > SEEN_OFTEN
 
     def _new_row(self, key: tuple[int, int], parent: int) -> int:
         row = len(self._parents)
