@@ -12,10 +12,17 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from msgspec.structs import replace
 
-from tokenllm.engine.batch import Chunk, Logprob, Plan, Sampled
+from tokenllm.engine.batch import Chunk, Logprob, Plan, Sampled, SharedPrefix
 from tokenllm.memory.token_memory import TokenMemory
 from tokenllm.messages import (
     FINISH_REASONS,
@@ -39,6 +46,7 @@ from tokenllm.routing.lengths import Lengths
 from tokenllm.routing.policy import make_policy
 from tokenllm.routing.router import Router
 from tokenllm.routing.tokenllm import TokenLLM
+from tokenllm.scheduler import prefixes, rows
 from tokenllm.scheduler.backlog import Backlog
 from tokenllm.scheduler.queue import Queue
 from tokenllm.scheduler.request import Request
@@ -358,6 +366,38 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerLaws = SchedulerMachine.TestCase
 TestSchedulerLaws.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+class SharingMachine(SchedulerMachine):
+    """What a device was told of shared prefixes, which it is only told again when the plan names others."""
+
+    told: tuple[SharedPrefix, ...] = ()
+
+    @rule(length=st.integers(3, 20), max_tokens=st.integers(5, 30), steps=st.integers(0, 3))
+    def submit_alike(self, length: int, max_tokens: int, steps: int) -> None:
+        self.submit([2 + i % 7 for i in range(length)], max_tokens, 0, True, "", 0, None)
+        self.step(steps)
+
+    def check_plan(self, planned: Planned) -> None:
+        super().check_plan(planned)
+        decodes = planned.plan.decodes
+        if decodes.prefixes is not self.told:
+            self.told = decodes.prefixes
+        members = [place for group in self.told for place in group.members.tolist()]
+        assert len(set(members)) == len(members)
+        for group in self.told:
+            theirs = decodes.rows[group.members]
+            held = [self.scheduler.rows.held(row)[: group.tokens].tolist() for row in (group.row, *theirs)]
+            assert len(theirs) > 1 and group.row in theirs and all(slots == held[0] for slots in held)
+            assert (decodes.positions[group.members] >= group.tokens).all()
+
+
+def test_what_is_shared_is_true_of_the_rows_of_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here prefixes are short: any that two decodes share counts."""
+    monkeypatch.setattr(prefixes, "LEAST_SAVED", 1)
+    for module in (prefixes, rows):
+        monkeypatch.setattr(module, "PROBES", [1, 2, 4, 8, 16, 32])
+    run_state_machine_as_test(SharingMachine, settings=settings(max_examples=40, stateful_step_count=40, deadline=None))
 
 
 def scheduler(eos_ids: frozenset[int] = frozenset({EOS}), **limits: int) -> Scheduler:
