@@ -336,3 +336,15 @@ def test_prompts_are_read_in_chunks_that_leave_the_streams_their_pace() -> None:
     read = int(decision.tokens[-1])
     step_s = PACE.step_s + PACE.per_held_s * int(now.held.sum()) + PACE.per_read_s * read
     assert step_s == pytest.approx(PACE.target_s, rel=0.01)
+
+
+def test_the_order_does_not_depend_on_what_numbers_tenants_have() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        rows = [(int(prompt), 0, 50) for prompt in random.integers(1, 5, 12)]
+        tenants = random.integers(0, 4, 12)
+        orders = [
+            policy_of(10_000).order(0.0, NOBODY, columns(rows, tenant=names[tenants]), 12).tolist()
+            for names in (np.arange(4), np.array([9, 7, 8, 1]))
+        ]
+        assert orders[0] == orders[1]

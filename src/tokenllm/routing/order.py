@@ -55,8 +55,9 @@ class ShortestService(FirstCome):
         if (tenants == tenants[0]).all():
             self._see_who_is_here([int(tenants[0])])
             return service
-        here, which = np.unique(tenants, return_inverse=True)
-        which = which[len(running) :]
+        names, first, which = np.unique(tenants, return_index=True, return_inverse=True)
+        order = first.argsort()  # so that nothing, not the last bit of a sum, depends on what number a tenant has
+        here, which = names[order], order.argsort()[which[len(running) :]]
         places = np.argsort(which * BAND + service)
         so_far, sorted_tenants = service[places].cumsum(), which[places]
         starts = np.searchsorted(sorted_tenants, np.arange(len(here)))
