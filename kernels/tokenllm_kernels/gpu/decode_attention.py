@@ -26,7 +26,8 @@ from torch import Tensor
 
 from tokenllm_kernels.gpu.device import multiprocessors
 from tokenllm_kernels.gpu.launch import after_predecessors, dependent, let_successors_begin
-from tokenllm_kernels.gpu.shared_prefix import LOG2_E, PrefixPartials, begin_after_prefix
+from tokenllm_kernels.gpu.running_softmax import LOG2_E, load_tile, take_in
+from tokenllm_kernels.gpu.shared_prefix import PrefixPartials, begin_after_prefix
 
 # So many programs share a head at most, while pieces are no longer than that: more have more to merge than they save.
 # On an H100 one sequence of 4096 tokens takes 32 µs in pieces of one tile, 19 in pieces of four; one of 1024 10 and 13.
@@ -141,7 +142,6 @@ def _decode_kernel(
     member = tl.arange(0, GROUP_TILE)
     d = tl.arange(0, HEAD_DIM)
     token = tl.arange(0, BLOCK_N)
-    kv_stride = kv_heads * 2 * HEAD_DIM
     # of the whole step, not of this layer: none of this has to wait, and all of it is on its way at once
     length, row, tiles_before = tl.load(lengths + sequence), tl.load(rows + sequence), tl.load(before + sequence)
     shared = tl.load(prefix_words + shared_at + sequence) if PREFIX else 0
@@ -164,18 +164,10 @@ def _decode_kernel(
         for i in tl.range(tile, tile + count, num_stages=STAGES):
             n = shared + i * BLOCK_N + token
             # past the end the last token is read once more: nothing that nobody wrote, and no mask on K and V
-            slot = tl.load(slots + tl.minimum(n, length - 1)).to(tl.int64)
-            place = kv + slot * kv_stride + head * 2 * HEAD_DIM
-            k = tl.load(place[None, :] + d[:, None])  # [HEAD_DIM, BLOCK_N]
-            v = tl.load(place[:, None] + (HEAD_DIM + d)[None, :])  # [BLOCK_N, HEAD_DIM]
+            k, v = load_tile(kv, tl.load(slots + tl.minimum(n, length - 1)), head, kv_heads, HEAD_DIM)
             scores = tl.dot(packed, k, input_precision=PRECISION) * scale
             scores = tl.where((n < length)[None, :], scores, float("-inf"))
-            higher = tl.maximum(highest, tl.max(scores, 1))
-            p = tl.exp2(scores - higher[:, None])
-            kept = tl.exp2(highest - higher)
-            weight = weight * kept + tl.sum(p, 1)
-            values = tl.dot(p.to(v.dtype), v, values * kept[:, None], input_precision=PRECISION)
-            highest = higher
+            highest, weight, values = take_in(scores, v, highest, weight, values, PRECISION)
         if count == tiles:
             result = (values / weight[:, None]).to(out.dtype.element_ty)
             tl.store(out + sequence.to(tl.int64) * kv_heads * GROUP * HEAD_DIM + mine, result,

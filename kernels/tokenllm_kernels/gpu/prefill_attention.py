@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenllm_kernels.gpu.decode_attention import LOG2_E
+from tokenllm_kernels.gpu.running_softmax import LOG2_E, load_tile, take_in
 
 
 @dataclass(frozen=True)
@@ -81,22 +81,13 @@ def _attend(
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take the context tokens start … stop into the running softmax; CAUSAL where not every token sees all of them."""
-    d = tl.arange(0, HEAD_DIM)
     for begin in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         n = begin + tl.arange(0, BLOCK_N)
-        slot = tl.load(slots + tl.minimum(n, seen - 1)).to(tl.int64)
-        place = kv + slot * (kv_heads * 2 * HEAD_DIM) + head * 2 * HEAD_DIM
-        k = tl.load(place[None, :] + d[:, None])
-        v = tl.load(place[:, None] + (HEAD_DIM + d)[None, :])
+        k, v = load_tile(kv, tl.load(slots + tl.minimum(n, seen - 1)), head, kv_heads, HEAD_DIM)
         scores = tl.dot(packed, k, input_precision=PRECISION) * scale
         if CAUSAL:
             scores = tl.where(n[None, :] <= position[:, None], scores, float("-inf"))
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        p = tl.exp2(scores - higher[:, None])
-        kept = tl.exp2(highest - higher)
-        weight = weight * kept + tl.sum(p, 1)
-        values = tl.dot(p.to(v.dtype), v, values * kept[:, None], input_precision=PRECISION)
-        highest = higher
+        highest, weight, values = take_in(scores, v, highest, weight, values, PRECISION)
     return highest, weight, values
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenllm_kernels.gpu.decode_attention import LOG2_E
 from tokenllm_kernels.gpu.device import is_hopper
+from tokenllm_kernels.gpu.running_softmax import LOG2_E
 
 try:
     from triton.experimental import gluon

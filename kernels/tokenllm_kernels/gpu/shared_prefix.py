@@ -23,10 +23,10 @@ from torch import Tensor
 
 from tokenllm_kernels.gpu.device import multiprocessors
 from tokenllm_kernels.gpu.launch import after_predecessors, dependent, let_successors_begin
+from tokenllm_kernels.gpu.running_softmax import LOG2_E, load_tile, take_in
 
 Words = NDArray[np.int32]
 
-LOG2_E = 1.4426950408889634
 TILE_HEADS = 64  # query heads in one tile
 COUNTS = 4  # words: blocks, members, splits, one to spare
 MOST_SPLITS = 16
@@ -128,7 +128,6 @@ def _prefix_kernel(
     mine, query_head = packed // GROUP_TILE, packed % GROUP_TILE
     d = tl.arange(0, HEAD_DIM)
     token = tl.arange(0, BLOCK_N)
-    kv_stride = kv_heads * 2 * HEAD_DIM
     after_predecessors(PDL)
     for item in tl.range(tl.program_id(0), blocks * kv_heads * splits, tl.num_programs(0)):
         block, head, split = item % blocks, item // blocks % kv_heads, item // blocks // kv_heads
@@ -148,18 +147,10 @@ def _prefix_kernel(
         end = tl.minimum(tokens, (split + 1) * share)
         for start in tl.range(split * share, end, BLOCK_N, num_stages=STAGES):
             n = start + token
-            slot = tl.load(slots + tl.minimum(n, tokens - 1)).to(tl.int64)
-            place = kv + slot * kv_stride + head * 2 * HEAD_DIM
-            k = tl.load(place[None, :] + d[:, None])  # [HEAD_DIM, BLOCK_N]
-            v = tl.load(place[:, None] + (HEAD_DIM + d)[None, :])  # [BLOCK_N, HEAD_DIM]
+            k, v = load_tile(kv, tl.load(slots + tl.minimum(n, tokens - 1)), head, kv_heads, HEAD_DIM)
             scores = tl.dot(query, k, input_precision=PRECISION) * scale
             scores = tl.where((n < tokens)[None, :], scores, float("-inf"))
-            higher = tl.maximum(highest, tl.max(scores, 1))
-            p = tl.exp2(scores - higher[:, None])
-            kept = tl.exp2(highest - higher)
-            weight = weight * kept + tl.sum(p, 1)
-            values = tl.dot(p.to(v.dtype), v, values * kept[:, None], input_precision=PRECISION)
-            highest = higher
+            highest, weight, values = take_in(scores, v, highest, weight, values, PRECISION)
         slot = (split * members + first + mine).to(tl.int64) * (kv_heads * GROUP) + head * GROUP + query_head
         tl.store(values_out + slot[:, None] * HEAD_DIM + d[None, :], values, mask=inside[:, None])
         tl.store(extremes + slot * 2, highest, mask=inside)
