@@ -12,7 +12,7 @@ from tokenllm.models.weights import Progress
 from tokenllm_kernels import LogitsRule
 
 MOST_CHUNKS = 128
-GRAPH_BYTES = 600 << 20  # what the driver takes for some eighty graphs, with something to spare
+GRAPH_BYTES = 600 << 20  # what the driver takes for some ninety graphs, with something to spare
 FREE_SHARE = 0.01  # of the card, left alone: the driver fails in strange ways where nothing is left
 
 

@@ -131,7 +131,7 @@ class Gateway:
 
 
 def tenant_of(request: Request) -> str:
-    """Whose request it is: whoever shows the same key, and who shows none."""
+    """Whose request it is: whoever shows the same key in the same headers, and who shows none."""
     keys = [request.headers[name] for name in ("authorization", "x-api-key") if request.headers.get(name)]
     return sha256("\n".join(keys).encode()).hexdigest()[:32] if keys else ""
 
