@@ -21,7 +21,7 @@ TOKENLLM = $(PIP) --no-build-isolation -e
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help serve test test-slow test-clients check load load-gateway bench-cpu bench-ring bench-host bench-gpu router-report lock clean
+.PHONY: help serve test test-slow test-clients sanitize check load load-gateway bench-cpu bench-ring bench-host bench-gpu router-report lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -39,6 +39,10 @@ test-slow: $(VENV)/.test ## the tests that take seconds to minutes each
 
 test-clients: $(VENV)/.test ## other people's clients against a real server, each in an environment of its own in .venv-clients
 	$(BIN)/python -m pytest tests/clients
+
+sanitize: $(VENV)/.test ## the kernels' tests in small under compute-sanitizer, where there is a GPU (ARGS="--tool racecheck")
+	KERNEL_SIZES=small PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 $(ARGS) \
+		$(BIN)/python -m pytest tests/kernels
 
 check: $(VENV)/.test ## format, lint, types, floors, compose file
 	$(BIN)/ruff format --check

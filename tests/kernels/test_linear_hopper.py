@@ -170,8 +170,11 @@ def check_twice(tokens: int, features: int, depth: int, kind: str, dtype: torch.
         assert error(target, expected) <= BOUND[dtype]
 
 
+SMALL = os.environ.get("KERNEL_SIZES") == "small"
+
+
 @pytest.mark.hopper
-@settings(max_examples=30, deadline=None)  # each is compiled
+@settings(max_examples=5 if SMALL else 30, deadline=None)  # each is compiled
 @given(
     tokens=st.integers(1, 64) | st.sampled_from([1, 7, 16, 33, 64]),
     features=st.integers(1, 1000) | st.sampled_from([64, 1024]),
@@ -194,6 +197,7 @@ def test_equals_its_definition_however_it_is_cut_and_again_right_after(
 
 
 @pytest.mark.hopper
+@pytest.mark.large
 @pytest.mark.parametrize("tokens", [1, 64])
 @pytest.mark.parametrize(
     ("features", "depth", "kind"),
@@ -206,6 +210,7 @@ def test_equals_its_definition_as_models_use_it(tokens: int, features: int, dept
 
 
 @pytest.mark.hopper
+@pytest.mark.large
 def test_products_of_all_kinds_follow_one_another_in_a_graph() -> None:
     """Each may begin before the one before it has ended, and many share the places for sums."""
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """Sampling against its definition in float64: the reference, and the kernels, in Triton's interpreter or on a GPU."""
 
 import math
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from tokenllm_kernels import LogitsRule, philox_uniform, sample
 from tokenllm_kernels.gpu import sampling as gpu
 
-ON_GPU = torch.cuda.is_available()
+LARGE = torch.cuda.is_available() and os.environ.get("KERNEL_SIZES") != "small"
 CLOSE = 1e-5  # of the mass: nearer than this to a token's end, float32 may well choose its neighbour
 NEARLY_ONE = 16390493  # a seed whose number at position 0 is 1 - 1.8e-8, which float32 takes for 1
 NEARLY_ZERO = 19781057
@@ -151,10 +152,10 @@ class Batch:
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@settings(deadline=None, max_examples=300 if ON_GPU else 20)
+@settings(deadline=None, max_examples=300 if LARGE else 20)
 @given(
     st.data(),
-    st.sampled_from([1000, 7, 100] if ON_GPU else [250, 7]),
+    st.sampled_from([1000, 7, 100] if LARGE else [250, 7]),
     st.sampled_from(DTYPES),
     st.integers(0, 2**31),
     scales,
@@ -211,7 +212,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("scale", [0.001, 3.0])  # of a flat distribution every group is listed
-@pytest.mark.parametrize("vocab", [8193] + [151936] * ON_GPU)
+@pytest.mark.parametrize("vocab", [8193] + [151936] * LARGE)
 def test_a_vocabulary_that_is_no_multiple_of_the_block(device: torch.device, vocab: int, scale: float) -> None:
     batch, rows = Batch(device, vocab, block=2048 if vocab == 8193 else gpu.BLOCK), list(range(len(KINDS)))
     gpu.set_rules(batch.table, rows, KINDS)
@@ -329,7 +330,7 @@ def test_the_longest_bias(device: torch.device) -> None:
     assert batch.choose(logits, [2], [0]) == [1998]
 
 
-@settings(deadline=None, max_examples=100 if ON_GPU else 15)
+@settings(deadline=None, max_examples=100 if LARGE else 15)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=8).map(tuple), min_size=1, max_size=64), st.data())
 def test_a_bad_word_is_never_said(device: torch.device, words: list[tuple[int, ...]], data: st.DataObject) -> None:
     """Of three tokens, one likelier than the next, whichever ends no bad word is said: the kernels', the reference's
@@ -388,6 +389,7 @@ def test_a_graph_decides_anew_at_each_replay(device: torch.device) -> None:
 
 
 @pytest.mark.gpu  # takes more draws than the interpreter has time for
+@pytest.mark.large
 @pytest.mark.parametrize("rule", KINDS[1:6])
 def test_the_kernels_draws_follow_the_distribution(device: torch.device, rule: LogitsRule) -> None:
     n, vocab = 16384, 100

@@ -2,6 +2,7 @@
 in Triton's interpreter with small ones (float32 and float16: the interpreter multiplies bfloat16 wrongly).
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -16,11 +17,12 @@ from torch import Tensor
 from tokenllm_kernels import Linear, embed, linear, rms_norm, rope_and_store, rope_table, silu_mul
 
 ON_GPU = torch.cuda.is_available()
+LARGE = ON_GPU and os.environ.get("KERNEL_SIZES") != "small"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
 BOUND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of ‖out - truth‖ / ‖truth‖
-SIZE = 100 if ON_GPU else 1  # how much larger a GPU's cases are
+SIZE = 100 if LARGE else 1  # how much larger a GPU's cases are
 random_cases = settings(
-    max_examples=40 if ON_GPU else 12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40 if LARGE else 12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -43,7 +45,7 @@ def normal(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0)
 # ---- layers ----
 
 
-@pytest.mark.parametrize(("tokens", "hidden"), [(1, 64), (5, 96), (3, 576), (7 * SIZE, 2048 if ON_GPU else 160)])
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 64), (5, 96), (3, 576), (7 * SIZE, 2048 if LARGE else 160)])
 def test_rms_norm(tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
     from tokenllm_kernels.gpu import layers
 
@@ -99,7 +101,7 @@ def test_rope_and_store(
 def test_few_tokens(tokens: int, splits: int, gated: bool, dtype: torch.dtype, device: torch.device) -> None:
     from tokenllm_kernels.gpu.linear import Tiles, few_tokens
 
-    features, depth = (1000, 2048) if ON_GPU else (40, 160)
+    features, depth = (1000, 2048) if LARGE else (40, 160)
     x = normal(tokens, depth, dtype=dtype, device=device)
     weight = normal(features * (1 + gated), depth, dtype=dtype, device=device) / depth**0.5
     bias = None if gated else normal(features, dtype=dtype, device=device)
@@ -153,15 +155,15 @@ class Pool:
         return torch.einsum("hn,nhd->hd", scores.softmax(-1), v)
 
 
-HEADS = [(4, 4, 16), (9, 3, 64), (32, 8, 128)] if ON_GPU else [(2, 2, 16), (6, 2, 16), (5, 1, 16)]
-LONGEST = 3000 if ON_GPU else 90
+HEADS = [(4, 4, 16), (9, 3, 64), (32, 8, 128)] if LARGE else [(2, 2, 16), (6, 2, 16), (5, 1, 16)]
+LONGEST = 3000 if LARGE else 90
 
 
 @random_cases
 @given(
-    lengths=st.lists(st.integers(1, LONGEST), min_size=1, max_size=20 if ON_GPU else 5),
+    lengths=st.lists(st.integers(1, LONGEST), min_size=1, max_size=20 if LARGE else 5),
     heads=st.sampled_from(HEADS),
-    programs=st.integers(1, 300 if ON_GPU else 9),
+    programs=st.integers(1, 300 if LARGE else 9),
     dtype=st.sampled_from(DTYPES),
 )
 def test_decode_attention(
@@ -178,7 +180,7 @@ def check_decode(
 
     pool, padded = Pool.of(lengths, kv_heads, head_dim, dtype, device), len(lengths) + 2
     q = normal(padded, heads + 2 * kv_heads, head_dim, dtype=dtype, device=device)[:, :heads]
-    block_n = DecodeTiling.of(dtype, head_dim, device).block_n if ON_GPU else 16
+    block_n = DecodeTiling.of(dtype, head_dim, device).block_n if LARGE else 16
     tiling = DecodeTiling(block_n, 4, 3, programs)
     plan = DecodePlan.empty(padded, heads, kv_heads, head_dim, tiling, device)
     plan.lengths[: len(lengths)] = torch.tensor(lengths, dtype=torch.int32)
@@ -200,13 +202,13 @@ def check_decode(
     groups=st.lists(
         st.tuples(
             st.integers(1, LONGEST),  # tokens that all share
-            st.lists(st.integers(1, 40), min_size=1, max_size=40 if ON_GPU else 6),  # tokens of each one's own
+            st.lists(st.integers(1, 40), min_size=1, max_size=40 if LARGE else 6),  # tokens of each one's own
         ),
         min_size=1,
         max_size=4,
     ),
     heads=st.sampled_from(HEADS),
-    programs=st.integers(1, 300 if ON_GPU else 9),
+    programs=st.integers(1, 300 if LARGE else 9),
     dtype=st.sampled_from(DTYPES),
     shuffle=st.randoms(use_true_random=False),
 )
@@ -244,7 +246,7 @@ def check_shared(
     partials.values.fill_(torch.nan)
     partials.extremes.fill_(torch.nan)
     q = normal(padded, heads + 2 * kv_heads, head_dim, dtype=dtype, device=device)[:, :heads]
-    block_n = DecodeTiling.of(dtype, head_dim, device).block_n if ON_GPU else 16
+    block_n = DecodeTiling.of(dtype, head_dim, device).block_n if LARGE else 16
     plan = DecodePlan.empty(padded, heads, kv_heads, head_dim, DecodeTiling(block_n, 4, 3, programs), device)
     plan.lengths[: len(lengths)] = torch.tensor(lengths, dtype=torch.int32)
     plan.rows[: len(lengths)] = torch.tensor(pool.rows, dtype=torch.int32)
@@ -301,15 +303,15 @@ SHORT_PREFILLS = [[(0, 100)], [(80, 30), (0, 1), (5, 70)], [(0, 3)] * 10]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("lengths", LONG_DECODES if ON_GPU else SHORT_DECODES, ids=str)
+@pytest.mark.parametrize("lengths", LONG_DECODES if LARGE else SHORT_DECODES, ids=str)
 def test_decode_attention_of_uneven_batches(lengths: list[int], head_dim: int, device: torch.device) -> None:
-    programs, dtype = (264, torch.bfloat16) if ON_GPU else (8, torch.float16)
+    programs, dtype = (264, torch.bfloat16) if LARGE else (8, torch.float16)
     check_decode(lengths, *HEADS[-1][:2], head_dim, programs, dtype, device)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("sequences", LONG_PREFILLS if ON_GPU else SHORT_PREFILLS, ids=str)
+@pytest.mark.parametrize("sequences", LONG_PREFILLS if LARGE else SHORT_PREFILLS, ids=str)
 def test_prefill_attention_of_uneven_chunks(
     sequences: list[tuple[int, int]], head_dim: int, device: torch.device
 ) -> None:
-    check_prefill(sequences, *HEADS[-1][:2], head_dim, 3, torch.bfloat16 if ON_GPU else torch.float16, device)
+    check_prefill(sequences, *HEADS[-1][:2], head_dim, 3, torch.bfloat16 if LARGE else torch.float16, device)

@@ -145,7 +145,7 @@ class CudaRunner:
         vectors = self._pools.add(self._step.prompt_hidden, plan)
         if shape.samples:
             self._remember([chunk for chunk in plan.chunks if chunk.samples])
-            self._graphs.head(shape.samples)
+            self._graphs.head(shape)
             staging.fetch(self._step.tokens)
         logprobs = self._ask_logprobs(plan)
         staging.done.record()

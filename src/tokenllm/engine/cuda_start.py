@@ -58,7 +58,7 @@ def _measure(decoder: Decoder, limits: Limits, wanted: int) -> int:
     free_before, total = torch.cuda.mem_get_info()
     step = DeviceStep(decoder, limits)
     largest = limits.tokens, limits.rows, limits.chunks
-    step.body(decoder.kv_memory(limits.tokens), *largest, gather=step.gathers, share=True)
+    step.body(decoder.kv_memory(limits.tokens), *largest, gather=step.gathers)
     step.head(limits.rows)
     torch.cuda.synchronize()
     taken = free_before - torch.cuda.mem_get_info()[0] - limits.tokens * decoder.kv_bytes_per_token

@@ -1,8 +1,8 @@
 """A step on the GPU: every buffer it touches, and the launches that compute it, in terms of what stands in `words`.
 
 Nothing here looks at a value: shapes are those of a bucket, what is real and what padding is read on the device, so
-each of the two halves can be captured as a CUDA graph. The body ends with the hidden states of the tokens that are
-followed by a sampled one; the head makes logits and tokens of them.
+a step can be captured as CUDA graphs. Its body ends with the hidden states of the tokens that are followed by a sampled
+one; the head makes logits and tokens of them. Where all tokens decode and share nothing, both are one.
 """
 
 from collections.abc import Sequence
@@ -100,10 +100,20 @@ class DeviceStep:
             and decoder.head_dim in HOPPER_HEAD_DIMS
         )
 
-    def body(self, kv: Sequence[Tensor], tokens: int, samples: int, chunks: int, *, gather: bool, share: bool) -> None:
-        """All layers for `tokens` tokens, up to the hidden states of `samples` of them. `chunks` 0: decodes alone;
-        `share`: what `prefixes` name is read once for all decodes that share it.
+    def decode(self, kv: Sequence[Tensor], rows: int) -> None:
+        """All of a step of up to `rows` decodes that share nothing."""
+        self._sample(self._layers(kv, rows, 0, gather=False, share=False))
+
+    def body(self, kv: Sequence[Tensor], tokens: int, samples: int, chunks: int, *, gather: bool) -> None:
+        """All layers for `tokens` tokens, up to the hidden states of `samples` of them. `chunks` 0: decodes alone. What
+        `prefixes` name is read once for all decodes that share it.
         """
+        x = self._layers(kv, tokens, chunks, gather=gather, share=True)
+        torch.index_select(x, 0, self._samples.places[:samples], out=self._hidden[:samples])
+        if chunks:
+            self.prompt_hidden[:tokens].copy_(x)
+
+    def _layers(self, kv: Sequence[Tensor], tokens: int, chunks: int, *, gather: bool, share: bool) -> Tensor:
         decoder, inputs = self.decoder, self._inputs.first(tokens)
         sequences = min(tokens, self.limits.rows)
         spare, prefixes = len(kv[0]) - 1, self.prefixes if share else None
@@ -130,19 +140,20 @@ class DeviceStep:
                 prefill_attention(q, memory, self.index, self._chunks, tokens, out)
             return out.flatten(1)
 
-        x = decoder.hidden(inputs.ids, inputs.positions, inputs.slots, kv, attend)
-        torch.index_select(x, 0, self._samples.places[:samples], out=self._hidden[:samples])
-        if chunks:
-            self.prompt_hidden[:tokens].copy_(x)
+        return decoder.hidden(inputs.ids, inputs.positions, inputs.slots, kv, attend)
 
     def logits_at(self, places: Tensor) -> Tensor:
         """Of these tokens of the newest body, which read prompts."""
         return self.decoder.logits(self.prompt_hidden.index_select(0, places))
 
     def head(self, samples: int) -> None:
-        """Logits and tokens of the first `samples` rows that sample, or are padding."""
+        """Logits and tokens of the first `samples` rows that sample, or are padding, after a `body`."""
+        self._sample(self._hidden[:samples])
+
+    def _sample(self, hidden: Tensor) -> None:
+        samples = len(hidden)
         rows, positions = self._samples.rows[:samples], self._samples.positions[:samples]
-        logits = self.decoder.logits(self._hidden[:samples], out=self.logits[:samples])
+        logits = self.decoder.logits(hidden, out=self.logits[:samples])
         sample_rows(logits, rows, positions, self.table, self.tokens[:samples], self._workspace)
 
     def _columns(self, offset: int, length: int, count: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""The CUDA graphs of all steps: bodies by number of tokens, with and without chunks of prompts, with and without
-prefixes that decodes share, and heads by number of rows. A step takes the smallest that holds it. All are captured at
-start, so no request waits for one.
+"""The CUDA graphs of all steps: whole ones of decodes by number of rows; bodies of decodes that share prefixes and of
+steps that read prompts by number of tokens, and heads for these by number of rows. A step takes the smallest that holds
+it. All are captured at start, so no request waits for one.
 """
 
 from bisect import bisect_left, bisect_right
@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenllm.engine.device_step import DeviceStep
 from tokenllm.models.weights import Progress
 
-Kind: TypeAlias = tuple[str, int]  # mixed, decode, shared (decodes that share prefixes) or head, and its size
+Kind: TypeAlias = tuple[str, int]  # decode, shared (decodes that share prefixes), mixed or head, and its size
 
 TOKENS_PER_CHUNK = 32  # graphs of mixed steps hold a chunk for as many tokens: one without work costs programs, too
 LEAST_CHUNKS = 8
@@ -58,6 +58,11 @@ class StepShape:
     context_room: int
     shares: bool = False  # decodes share prefixes
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether one graph computes all of it."""
+        return not self.chunks and not self.shares
+
 
 class Graphs:
     """Captured steps of a `DeviceStep` over its KV memory, on the current stream."""
@@ -93,13 +98,15 @@ class Graphs:
     def _compute(self, kind: str, size: int) -> None:
         limits = self._step.limits
         match kind:
-            case "head":
-                self._step.head(size)
-            case "decode" | "shared":
-                self._step.body(self._kv, size, size, 0, gather=False, share=kind == "shared")
+            case "decode":
+                self._step.decode(self._kv, size)
+            case "shared":
+                self._step.body(self._kv, size, size, 0, gather=False)
             case "mixed":
                 chunks, samples = min(limits.chunks, chunks_of(size)), min(size, limits.rows)
-                self._step.body(self._kv, size, samples, chunks, gather=self._step.gathers, share=True)
+                self._step.body(self._kv, size, samples, chunks, gather=self._step.gathers)
+            case "head":
+                self._step.head(size)
 
     def filled(self, decodes: int, prompt_tokens: int) -> int:
         """As many as fill a graph, since padding costs as much; all of them, where that were less than half."""
@@ -107,22 +114,21 @@ class Graphs:
         return fill if prompt_tokens <= 2 * fill <= 2 * prompt_tokens else prompt_tokens
 
     def body(self, shape: StepShape) -> None:
-        """Launch all layers of the step in `words`."""
+        """Launch all layers of the step in `words`; of decodes that share nothing also the head."""
+        if shape.is_whole:
+            return self._replays["decode", _at_least(self._decode_sizes, shape.tokens)]()
         if not shape.chunks:
-            kind, sizes = ("shared", self._shared_sizes) if shape.shares else ("decode", self._decode_sizes)
-            return self._replays[kind, _at_least(sizes, shape.tokens)]()
+            return self._replays["shared", _at_least(self._shared_sizes, shape.tokens)]()
         assert shape.context_room <= self._step.limits.context_room, (
             "prompts are read in order: one goes on, others begin"
         )
         wanted = max(shape.tokens, shape.chunks * TOKENS_PER_CHUNK if shape.chunks > LEAST_CHUNKS else 0)
         return self._replays["mixed", _at_least(self._mixed_sizes, wanted)]()
 
-    def head(self, rows: int) -> None:
-        """Launch logits and sampling of the first `rows` rows that sample, and of padding up to `padded(rows)`."""
-        self._replays["head", self.padded(rows)]()
-
-    def padded(self, rows: int) -> int:
-        return _at_least(self._decode_sizes, rows)
+    def head(self, shape: StepShape) -> None:
+        """Launch logits and sampling, unless they came with the body."""
+        if not shape.is_whole:
+            self._replays["head", _at_least(self._decode_sizes, shape.samples)]()
 
 
 def _at_least(sizes: list[int], wanted: int) -> int:
