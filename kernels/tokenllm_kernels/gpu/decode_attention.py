@@ -270,4 +270,6 @@ def decode_attention(
         GROUP=group, GROUP_TILE=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim, BLOCK_N=tiling.block_n,
         STAGES=tiling.stages, PRECISION="ieee" if q.dtype == torch.float32 else None,
         PREFIX=prefixes is not None, PDL=pdl, num_warps=tiling.warps, launch_pdl=pdl,
+        # threads that hold the same sum must agree on its last bit: w·g + (their w·g) is one number, fused two
+        enable_fp_fusion=False,
     )  # fmt: skip

@@ -250,6 +250,7 @@ def _survey(
             biased, bias_ids, bias_values, early_values, muted_until, only_biased, bad_words, bad_tokens, said, counts,
             VOCAB, BLOCK, BIASED, BAD_WORDS, BAD_WORD_TOKENS,
         )  # fmt: skip
+    x += 0.0  # -0 is 0 from here on: which of the two a maximum is depends on who asks
     top = tl.max(x, 0)
     broken = tl.max((x != x).to(tl.int32), 0)
     place = batch_row * BLOCKS + block
