@@ -4,7 +4,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-ROWS, CHUNKS, PROMPT, POSITIONS, SPARE = 9, 8, 40, 30, 500
+ROWS, CHUNKS, PROMPT, CONTEXT, POSITIONS, SPARE = 9, 8, 40, 100, 30, 500
 steps = st.tuples(
     st.integers(0, 4),  # decodes
     st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=4),  # chunks: context before, tokens
@@ -25,13 +25,14 @@ def test_inputs_and_contexts(step: tuple[int, list[tuple[int, int]]], padding: i
         SampleInputs,
         StepInputs,
         StepLayout,
+        adopt_prefixes,
         build_inputs,
         find_context_slots,
         gather_contexts,
     )  # fmt: skip
 
     decodes, chunks = step
-    layout, tokens = StepLayout(ROWS, CHUNKS, PROMPT), sum(count for _, count in chunks)
+    layout, tokens = StepLayout(ROWS, CHUNKS, PROMPT, CONTEXT), sum(count for _, count in chunks)
     words = torch.full((layout.words,), -1, dtype=torch.int32)
     index = torch.randint(0, SPARE, (ROWS, POSITIONS), dtype=torch.int32)
     expected_index = index.clone()
@@ -45,28 +46,34 @@ def test_inputs_and_contexts(step: tuple[int, list[tuple[int, int]]], padding: i
         expected.append((int(last_token[row]), position, slot))
         expected_index[row, position] = slot
     prompt, contexts, column = [], [], layout.chunk_columns
+    adopted = layout.prompt + 2 * tokens
     for i, (before, count) in enumerate(chunks):
-        row = int(rows[decodes + i])
-        for field, value in enumerate((row, 0, count, before + count, sum(map(room, chunks[:i])))):
+        row, start, prefix = int(rows[decodes + i]), decodes + len(prompt), before * (i % 2)
+        fields = (row, start, count, before + count, sum(map(room, chunks[:i])), prefix, adopted)
+        for field, value in enumerate(fields):
             words[column + field * CHUNKS + i] = value
         for position in range(before, before + count):
             prompt.append((int(torch.randint(0, 1000, ())), row, position, next(new_slots)))
             expected_index[row, position] = prompt[-1][3]
+        for position in range(prefix):
+            words[adopted + position] = expected_index[row, position] = next(new_slots)
+        adopted += prefix
         contexts.append((row, before + count))
-    for i in range(len(chunks), CHUNKS):
-        for field, value in enumerate((0, 0, 0, 0, sum(map(room, chunks)))):
-            words[column + field * CHUNKS + i] = value
+    if chunks:
+        for i in range(len(chunks), CHUNKS):
+            for field, value in enumerate((0, decodes + tokens, 0, 0, sum(map(room, chunks)), 0, adopted)):
+                words[column + field * CHUNKS + i] = value
     expected += [(token, position, slot) for token, _, position, slot in prompt] + [(0, 0, SPARE)] * padding
-    if prompt:
-        words[layout.prompt : layout.prompt + 4 * tokens] = torch.tensor(prompt, dtype=torch.int32).T.flatten()
+    for i, (token, _, _, slot) in enumerate(prompt):
+        words[layout.prompt + i], words[layout.prompt + tokens + i] = token, slot
     context = sum(map(room, chunks))
     words[0], words[1], words[2] = decodes, tokens, context
-    last_chunks = [(int(rows[decodes + i]), decodes + sum(c for _, c in chunks[: i + 1]) - 1, sum(chunk))
-                   for i, chunk in enumerate(chunks) if i % 2 == 0]  # fmt: skip
-    words[3] = len(last_chunks)
-    for i, ending in enumerate(last_chunks):
-        for field, value in enumerate(ending):
-            words[layout.last_chunks + field * CHUNKS + i] = value
+    ending = [i for i in range(len(chunks)) if i % 2 == 0]
+    last_chunks = [(int(rows[decodes + i]), decodes + sum(c for _, c in chunks[: i + 1]) - 1, sum(chunks[i]))
+                   for i in ending]  # fmt: skip
+    words[3] = len(ending)
+    for i, chunk in enumerate(ending):
+        words[layout.last_chunks + i] = chunk
 
     words, index, last_token = words.to(device), index.to(device), last_token.to(device)
     inputs = StepInputs.empty(decodes + tokens + padding, device)
@@ -74,6 +81,8 @@ def test_inputs_and_contexts(step: tuple[int, list[tuple[int, int]]], padding: i
     plan.lengths.fill_(-5)
     samples = SampleInputs.empty(ROWS, device)
     build_inputs(words, layout, last_token, index, SPARE, inputs, samples, plan, decodes + 2)
+    if chunks:
+        adopt_prefixes(words, layout, index, len(chunks) + 1)
     assert list(zip(inputs.ids.tolist(), inputs.positions.tolist(), inputs.slots.tolist(), strict=True)) == expected
     assert index.cpu().equal(expected_index)
     assert plan.lengths.tolist() == [e[1] + 1 for e in expected[:decodes]] + [0] * 2 + [-5] * (ROWS - decodes - 2)
@@ -102,12 +111,13 @@ def test_inputs_and_contexts(step: tuple[int, list[tuple[int, int]]], padding: i
 def test_a_layout_has_room_for_everything() -> None:
     from tokenllm_kernels.gpu.inputs import COUNTS, StepLayout
 
-    layout = StepLayout(5, 4, 7)
+    layout = StepLayout(5, 4, 7, 11)
     assert (
         COUNTS + 15
         <= layout.chunk_columns
-        <= layout.last_chunks - 25
+        <= layout.tile_starts - 28
+        <= layout.last_chunks - 33
         <= layout.rules - 37
-        <= layout.prompt - 77
-        == layout.words - 105
+        <= layout.prompt - 93
+        == layout.words - 118
     )

@@ -1,11 +1,11 @@
 """The inputs of a step, built on the device from one short array of words that the host sends.
 
 The host knows rows, positions and slots; the device knows which token each row sampled last. `build_inputs` puts the
-two together, enters the new slots in the index table, and pads to the size of the graph. `StepLayout` says where in the
-words each column stands:
+two together, enters the new slots in the index table, and pads to the size of the graph; `adopt_prefixes` enters those
+that others have computed. `StepLayout` says where in the words each column stands:
 
-    counts │ decodes: rows, positions, slots │ chunks: rows, … │ last chunks: rows, …, rules │ prompt: ids, rows, …
-    ├────── all that a step without prompts needs ───┤                                  as long as needed ──┤
+    counts │ decodes: rows, positions, slots │ chunks: rows … │ last chunks: which, rules │ prompt: ids, slots, prefixes
+    ├─ all that a step of decodes needs ─────┤                                                    as long as needed ──┤
 """
 
 from dataclasses import dataclass
@@ -31,30 +31,38 @@ class StepLayout:
     rows: int
     chunks: int
     prompt_tokens: int
+    context_tokens: int  # prefixes of all chunks together are no longer
 
     @property
     def chunk_columns(self) -> int:
-        """rows, first tokens in the batch, counts, ends, first tokens in the workspace; then chunks + 1 tile starts."""
+        """rows, first tokens in the batch, counts, ends, first tokens in the workspace, tokens of the adopted prefix,
+        where its slots stand in the words. Empty chunks follow, which begin where the last one ends.
+        """
         return COUNTS + 3 * self.rows
 
     @property
+    def tile_starts(self) -> int:
+        """The last of the columns, with an end."""
+        return self.chunk_columns + 7 * self.chunks
+
+    @property
     def last_chunks(self) -> int:
-        """Of chunks that end a prompt: their rows, places of their last tokens in the batch, positions after them."""
-        return self.chunk_columns + 6 * self.chunks + 8
+        """Which chunks end a prompt."""
+        return self.tile_starts + self.chunks + 8
 
     @property
     def rules(self) -> int:
         """How each of these samples, as `sampling.write_rules` says."""
-        return self.last_chunks + 3 * self.chunks
+        return self.last_chunks + self.chunks
 
     @property
     def prompt(self) -> int:
-        """ids, rows, positions, slots of the prompt tokens, each as long as there are such tokens in this step."""
+        """ids, then slots of the prompt tokens of this step; slots of adopted prefixes."""
         return self.rules + RULE_WORDS * self.chunks
 
     @property
     def words(self) -> int:
-        return self.prompt + 4 * self.prompt_tokens
+        return self.prompt + 2 * self.prompt_tokens + self.context_tokens
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,8 @@ class SampleInputs:
 @triton.jit
 def _inputs_kernel(
     words, last_token, index, ids, positions, slots, lengths, sequence_rows, sample_rows, sample_places,
-    sample_positions, tokens, sequences, rows, chunks, last_chunks, prompt, spare_slot, index_stride,
-    BLOCK: tl.constexpr,
+    sample_positions, tokens, sequences, rows, chunk_columns, last_chunks, prompt, spare_slot, index_stride,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     decodes, prompt_tokens = tl.load(words), tl.load(words + 1)
@@ -101,18 +109,24 @@ def _inputs_kernel(
     token = tl.load(last_token + row, mask=decode, other=0)
     tl.store(lengths + i, tl.where(decode, position + 1, 0), mask=i < sequences)
     tl.store(sequence_rows + i, row, mask=i < sequences)
+    columns = words + chunk_columns
     ends = (i >= decodes) & (i < decodes + tl.load(words + 3))
-    last = words + last_chunks + i - decodes
+    last = columns + tl.load(words + last_chunks + i - decodes, mask=ends, other=0)
     tl.store(sample_rows + i, tl.where(decode, row, tl.load(last, mask=ends, other=-1)), mask=i < rows)
-    tl.store(sample_places + i, tl.where(decode, i, tl.load(last + chunks, mask=ends, other=0)), mask=i < rows)
-    following = tl.where(decode, position + 1, tl.load(last + 2 * chunks, mask=ends, other=0))
+    after = tl.load(last + CHUNKS, mask=ends, other=0) + tl.load(last + 2 * CHUNKS, mask=ends, other=1)
+    tl.store(sample_places + i, tl.where(decode, i, after - 1), mask=i < rows)
+    following = tl.where(decode, position + 1, tl.load(last + 3 * CHUNKS, mask=ends, other=0))
     tl.store(sample_positions + i, following, mask=i < rows)
     there = (i >= decodes) & (i < decodes + prompt_tokens)
-    source = words + prompt + i - decodes
-    token = tl.where(there, tl.load(source, mask=there, other=0), token)
-    row = tl.where(there, tl.load(source + prompt_tokens, mask=there, other=0), row)
-    position = tl.where(there, tl.load(source + 2 * prompt_tokens, mask=there, other=0), position)
-    slot = tl.where(there, tl.load(source + 3 * prompt_tokens, mask=there, other=0), slot)
+    if prompt_tokens > 0:  # a step without any has left the columns as they were
+        starts = tl.load(columns + CHUNKS + tl.arange(0, CHUNKS))
+        mine = columns + tl.maximum(tl.sum((starts[None, :] <= i[:, None]).to(tl.int32), 1) - 1, 0)
+        source = words + prompt + i - decodes
+        token = tl.where(there, tl.load(source, mask=there, other=0), token)
+        slot = tl.where(there, tl.load(source + prompt_tokens, mask=there, other=0), slot)
+        row = tl.where(there, tl.load(mine), row)
+        before = tl.load(mine + 3 * CHUNKS) - tl.load(mine + 2 * CHUNKS)
+        position = tl.where(there, before + i - tl.load(mine + CHUNKS), position)
     real = decode | there
     tl.store(index + row.to(tl.int64) * index_stride + position, slot, mask=real)
     tl.store(ids + i, token, mask=i < tokens)
@@ -132,9 +146,25 @@ def build_inputs(
     tokens, block = len(inputs.ids), 256
     _inputs_kernel[(triton.cdiv(max(tokens, layout.rows), block),)](
         words, last_token, index, inputs.ids, inputs.positions, inputs.slots, decode.lengths, decode.rows,
-        samples.rows, samples.places, samples.positions, tokens, sequences, layout.rows, layout.chunks,
-        layout.last_chunks, layout.prompt, spare_slot, index.stride(0), BLOCK=block,
+        samples.rows, samples.places, samples.positions, tokens, sequences, layout.rows, layout.chunk_columns,
+        layout.last_chunks, layout.prompt, spare_slot, index.stride(0), BLOCK=block, CHUNKS=layout.chunks,
     )  # fmt: skip
+
+
+@triton.jit
+def _adopt_kernel(words, index, columns, chunks, index_stride, BLOCK: tl.constexpr):
+    mine = words + columns + tl.program_id(0)
+    row, count = tl.load(mine).to(tl.int64), tl.load(mine + 5 * chunks)
+    slots = words + tl.load(mine + 6 * chunks)
+    for start in tl.range(tl.program_id(1) * BLOCK, count, tl.num_programs(1) * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        slot = tl.load(slots + i, mask=i < count, other=0)
+        tl.store(index + row * index_stride + i, slot, mask=i < count)
+
+
+def adopt_prefixes(words: Tensor, layout: StepLayout, index: Tensor, chunks: int) -> None:
+    """Enter in `index` where the prefixes lie that the first `chunks` chunks begin with."""
+    _adopt_kernel[(chunks, 4)](words, index, layout.chunk_columns, layout.chunks, index.stride(0), BLOCK=1024)
 
 
 @triton.jit

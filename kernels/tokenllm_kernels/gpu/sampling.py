@@ -9,6 +9,7 @@ for that logit; they read only the groups that may hold it, which the groups' ma
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,8 @@ CHOOSE_WARPS = 16
 REGISTERS = 64  # two programs that choose share a multiprocessor, four that survey
 BIASED = 1024  # biased and muted tokens of one request
 BAD_WORDS, BAD_WORD_TOKENS = 64, 8  # of one request, of more than one token
-RULE_WORDS = 14  # of a packed rule, before its bias: see `write_rules`
+_RULE = struct.Struct("=iQ6f5i")  # see `write_rules`
+RULE_WORDS = _RULE.size // 4  # of a packed rule, before its bias
 MOST_COUNTED = 32767  # counts are int16 and stay here
 IN_PROMPT = -32768  # their sign: a token of the prompt that counts as repeated
 
@@ -710,25 +712,13 @@ def write_rules(words: NDArray[np.int32], rows: Sequence[int], rules: Sequence[L
     """Into words [rules, RULE_WORDS or more]: row, seed in two words, six floats, top-k, no bias, when muting ends,
     whether only biased tokens may come, and how many bad words there are.
     """
-    words[:, 0] = rows
-    words[:, 1:3] = np.array([rule.seed for rule in rules], np.uint64).view(np.int32).reshape(-1, 2)
-    numbers = [
-        (
+    for i, (row, rule) in enumerate(zip(rows, rules, strict=True)):
+        _RULE.pack_into(
+            words[i], 0, row, rule.seed,
             max(rule.temperature, SMALLEST_TEMPERATURE) if rule.temperature > 0 else 0.0,
-            rule.top_p,
-            rule.min_p,
-            rule.frequency_penalty,
-            rule.presence_penalty,
-            rule.repetition_penalty,
-        )
-        for rule in rules
-    ]
-    words[:, 3:9] = np.array(numbers, np.float32).reshape(-1, 6).view(np.int32)
-    words[:, 9] = [rule.top_k if rule.top_k < vocab else 0 for rule in rules]
-    words[:, 10] = 0
-    words[:, 11] = [rule.muted_until for rule in rules]
-    words[:, 12] = [rule.only_biased for rule in rules]
-    words[:, 13] = [len(rule.bad_words) for rule in rules]
+            rule.top_p, rule.min_p, rule.frequency_penalty, rule.presence_penalty, rule.repetition_penalty,
+            rule.top_k if rule.top_k < vocab else 0, 0, rule.muted_until, rule.only_biased, len(rule.bad_words),
+        )  # fmt: skip
 
 
 def _write_biases(words: NDArray[np.int32], biases: Sequence[list[tuple[int, float, float]]], width: int) -> None:

@@ -12,55 +12,53 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenllm.engine.batch import Chunk, Foretold, Logprob, Plan, Sampled, SharedPrefix
 from tokenllm.engine.device_step import DeviceStep
-from tokenllm.engine.graphs import Graphs, StepShape
+from tokenllm.engine.graphs import Graphs
 from tokenllm.engine.pooling import Pools
 from tokenllm.engine.runner import FORETOLD_AT_ONCE, as_arrays, list_logprobs
+from tokenllm.engine.step_words import write_step
 from tokenllm.models.weights import Progress
 from tokenllm_kernels import top_logprobs
 from tokenllm_kernels.gpu.device import on_compilation
-from tokenllm_kernels.gpu.inputs import CONTEXT_ALIGNMENT, COUNTS, StepLayout
-from tokenllm_kernels.gpu.prefill_hopper import BLOCK_M
-from tokenllm_kernels.gpu.sampling import RULE_WORDS, set_generated, set_rules, write_rules
+from tokenllm_kernels.gpu.inputs import StepLayout
+from tokenllm_kernels.gpu.sampling import set_generated, set_rules
 from tokenllm_kernels.gpu.shared_prefix import write_prefixes
 
-Words = NDArray[np.int32]
-
 LOGPROB_ROWS = 32
+SENT_AT_ONCE = 1024  # words
 
 
 class Staging:
     """Pinned memory of one step in flight, whose words go to `target`. What a step slices is sliced once, here."""
 
     def __init__(self, layout: StepLayout, target: Tensor, prefix_words: int) -> None:
-        device, self._layout, self._target = target.device, layout, target
-        self._words, self._tokens = (
-            _pinned(torch.zeros(n, dtype=torch.int32), device) for n in (layout.words, layout.rows)
-        )
+        device, runtime = target.device, torch.get_device_module(target.device)
+        sent, self._tokens = (_pinned(torch.zeros(n, dtype=torch.int32), device) for n in (layout.words, layout.rows))
         self.prefixes = _pinned(torch.zeros(prefix_words, dtype=torch.int32), device)
-        self.words, self.tokens = self._words.numpy(), self._tokens.numpy()
-        self._decodes, self._target_decodes = (w[: layout.chunk_columns] for w in (self._words, target))
-        self.done = torch.get_device_module(device).Event()
+        self.words, self.tokens = sent.numpy(), self._tokens.numpy()
+        ends = range(SENT_AT_ONCE, layout.words + SENT_AT_ONCE, SENT_AT_ONCE)
+        self._parts = [(target[:end], sent[:end]) for end in ends]
+        self._done, self._stream = runtime.Event(), runtime.current_stream(device)
 
-    def send(self, shape: StepShape) -> None:
-        """Copy what was written to the device."""
-        if not shape.chunks:
-            self._target_decodes.copy_(self._decodes, non_blocking=True)
-        else:
-            used = self._layout.prompt + 4 * (shape.tokens - int(self.words[0]))
-            self._target[:used].copy_(self._words[:used], non_blocking=True)
+    def send(self, count: int) -> None:
+        """Copy so many words to the device, and what is between them and the next multiple."""
+        target, words = self._parts[(count - 1) // SENT_AT_ONCE]
+        target.copy_(words, non_blocking=True)
 
     def fetch(self, tokens: Tensor) -> None:
         """Copy the device's tokens here, all of them: it is a few kilobytes, and needs no slice."""
         self._tokens.copy_(tokens, non_blocking=True)
 
+    def end(self) -> None:
+        """Nothing else belongs to the step."""
+        self._done.record(self._stream)
+
     def wait(self) -> None:
         """Ask again and again: a thread that sleeps, or spins in the driver, comes back with its caches cold."""
-        while not self.done.query():
+        while not self._done.query():
             pass
 
 
@@ -103,7 +101,7 @@ class CudaRunner:
 
     def __init__(self, step: DeviceStep, kv: Sequence[Tensor], progress: Progress) -> None:
         self.compilations = 0  # kernels that a request had to wait for
-        self._step, self._layout = step, step.layout
+        self._step = step
         prefix_words = step.prefixes.layout.words
         self._stagings = [Staging(step.layout, step.words, prefix_words) for _ in range(self.ahead + 1)]
         self._prefixes: tuple[SharedPrefix, ...] = ()  # that the device knows of
@@ -131,15 +129,14 @@ class CudaRunner:
 
         on_compilation(count)
 
-    @torch.inference_mode()
     def launch(self, plan: Plan) -> CudaFlight:
+        """Not in inference mode: nothing asks for gradients, and to enter it takes longer than to do without."""
         staging = self._stagings.pop(0)
         self._stagings.append(staging)
-        shape = self._write(staging.words, plan)
-        staging.send(shape)
+        shape, count = write_step(staging.words, self._step.layout, plan, self._step.table.vocab)
+        staging.send(count)
         if plan.decodes.prefixes is not self._prefixes:
             self._send_prefixes(plan.decodes.prefixes, staging.prefixes)
-        self._adopt(plan.chunks)
         self._graphs.body(shape)
         foretold = [self._foretell(first, asked) for first, asked in plan.foretold()]
         vectors = self._pools.add(self._step.prompt_hidden, plan)
@@ -148,7 +145,7 @@ class CudaRunner:
             self._graphs.head(shape)
             staging.fetch(self._step.tokens)
         logprobs = self._ask_logprobs(plan)
-        staging.done.record()
+        staging.end()
         return CudaFlight(staging, shape.samples, logprobs, foretold, vectors)
 
     def _foretell(self, first: int, asked: Foretold) -> AskedForetold:
@@ -169,61 +166,6 @@ class CudaRunner:
         write_prefixes(words.numpy(), partials.layout, groups, partials.splits(groups, kv_heads))
         partials.words.copy_(words, non_blocking=True)
         self._prefixes = prefixes
-
-    def _write(self, words: Words, plan: Plan) -> StepShape:
-        """The step as `StepLayout` says."""
-        decodes, n, rows = plan.decodes, len(plan.decodes.rows), self._layout.rows
-        words[COUNTS : COUNTS + n] = decodes.rows
-        words[COUNTS + rows : COUNTS + rows + n] = decodes.positions
-        words[COUNTS + 2 * rows : COUNTS + 2 * rows + n] = decodes.slots
-        words[0] = n
-        words[1:4] = 0
-        if not plan.chunks:
-            return StepShape(n, n, 0, 0, shares=bool(decodes.prefixes))
-        contexts = self._write_chunks(words, plan.chunks, n)
-        samples = n + self._write_last_chunks(words, plan.chunks, n)
-        words[1:4] = plan.tokens - n, contexts, samples - n
-        return StepShape(plan.tokens, samples, len(plan.chunks), contexts)
-
-    def _write_last_chunks(self, words: Words, chunks: Sequence[Chunk], place: int) -> int:
-        """Returns how many prompts end in this step."""
-        layout, ending = self._layout, [chunk.samples for chunk in chunks]
-        last = [chunk for chunk in chunks if chunk.samples]
-        columns, rows = words[layout.last_chunks : layout.rules].reshape(3, -1), [chunk.row for chunk in last]
-        columns[0, : len(last)] = rows
-        columns[1, : len(last)] = place - 1 + np.cumsum([chunk.tokens for chunk in chunks])[ending]
-        columns[2, : len(last)] = [chunk.end for chunk in last]
-        rules = words[layout.rules : layout.rules + RULE_WORDS * len(last)].reshape(-1, RULE_WORDS)
-        write_rules(rules, rows, [chunk.rule for chunk in last], self._step.table.vocab)
-        return len(last)
-
-    def _write_chunks(self, words: Words, chunks: Sequence[Chunk], place: int) -> int:
-        """Returns the room that all contexts take together."""
-        layout, most, used = self._layout, self._layout.chunks, len(chunks)
-        columns = words[layout.chunk_columns : layout.chunk_columns + 5 * most].reshape(5, -1)
-        rows, counts, ends = np.array([(chunk.row, chunk.tokens, chunk.end) for chunk in chunks], np.int32).T
-        upto, room = np.cumsum(counts), -(-ends // CONTEXT_ALIGNMENT) * CONTEXT_ALIGNMENT
-        contexts = np.cumsum(room)
-        columns[:4, used:], columns[4, used:] = 0, contexts[-1]
-        columns[:, :used] = rows, place + upto - counts, counts, ends, contexts - room
-        tiles = words[layout.chunk_columns + 5 * most :][: most + 1]
-        tiles[0] = 0
-        tiles[1 : used + 1] = np.cumsum(-(-counts // BLOCK_M))
-        tiles[used + 1 :] = tiles[used]
-        prompt = words[layout.prompt : layout.prompt + 4 * upto[-1]].reshape(4, -1)
-        np.concatenate([chunk.ids for chunk in chunks], out=prompt[0])
-        prompt[1] = np.repeat(rows, counts)
-        prompt[2] = np.arange(upto[-1]) + np.repeat(ends - upto, counts)
-        np.concatenate([chunk.slots for chunk in chunks], out=prompt[3])
-        return int(contexts[-1])
-
-    def _adopt(self, chunks: Sequence[Chunk]) -> None:
-        """Rows that begin with what others have computed learn where it lies."""
-        device = self._step.index.device
-        for chunk in chunks:
-            if len(chunk.prefix):
-                slots = _pinned(torch.from_numpy(chunk.prefix), device)
-                self._step.index[chunk.row, : len(slots)].copy_(slots, non_blocking=True)
 
     def _remember(self, chunks: Sequence[Chunk]) -> None:
         """What of these prompts' wishes does not travel with the step."""

@@ -27,8 +27,7 @@ def start_cuda(
     try:
         kv_tokens = _measure(decoder, limits_of(rows, prompt_tokens, context), wanted)
         limits = limits_of(rows, prompt_tokens, min(context, kv_tokens))
-        with torch.inference_mode():
-            step, kv = DeviceStep(decoder, limits), decoder.kv_memory(kv_tokens)
+        step, kv = DeviceStep(decoder, limits), decoder.kv_memory(kv_tokens)
         runner = CudaRunner(step, kv, progress)
     except torch.OutOfMemoryError as error:
         raise MemoryError(f"the GPU's memory is too small: {error}") from error

@@ -19,6 +19,7 @@ from tokenllm_kernels.gpu.inputs import (
     SampleInputs,
     StepInputs,
     StepLayout,
+    adopt_prefixes,
     build_inputs,
     find_context_slots,
     gather_contexts,
@@ -69,7 +70,7 @@ class DeviceStep:
     def __init__(self, decoder: Decoder, limits: Limits) -> None:
         device = decoder.embedding.device
         self.decoder, self.limits = decoder, limits
-        self.layout = StepLayout(limits.rows, limits.chunks, limits.prompt_tokens)
+        self.layout = StepLayout(limits.rows, limits.chunks, limits.prompt_tokens, limits.context_tokens)
         self.words = torch.zeros(self.layout.words, dtype=torch.int32, device=device)
         self.index = torch.zeros(limits.rows, limits.positions, dtype=torch.int32, device=device)
         self.table = SamplingTable.empty(limits.rows, decoder.vocab_size, device)
@@ -123,6 +124,7 @@ class DeviceStep:
         )  # fmt: skip
         plan_decode(self._decodes, sequences, decoder.kv_heads, prefixes)
         if chunks:
+            adopt_prefixes(self.words, self.layout, self.index, chunks)
             take_rules(self.words[self.layout.rules :], self.words[ENDING:], chunks, self.table)
         if chunks and gather:
             find_context_slots(self.words, self.layout, self.index, self._context_slots)
@@ -167,5 +169,5 @@ class DeviceStep:
     def _tiled_chunks(self) -> PrefillChunks:
         chunks = self.limits.chunks
         _, starts, counts, ends, contexts = self._columns(self.layout.chunk_columns, chunks, 5)
-        tiles = self.layout.chunk_columns + 5 * chunks
-        return PrefillChunks(self.words[tiles : tiles + chunks + 1], starts, counts, ends, contexts)
+        tiles = self.words[self.layout.tile_starts :][: chunks + 1]
+        return PrefillChunks(tiles, starts, counts, ends, contexts)
