@@ -72,7 +72,7 @@ def test_nobody_waits_when_it_sleeps(ahead: int, capacity: int) -> None:
     assert sum(told) == 15
 
 
-def test_when_to_come_back_is_published_while_somebody_waits() -> None:
+def test_when_to_come_back_is_published_while_somebody_waits_and_all_is_told_at_rest() -> None:
     prompt = np.arange(4, dtype="<i4").tobytes()
     ring = FakeRing([Submit(uid, prompt, 3, Sampling(seed=0), ignore_eos=True) for uid in range(5)])
     books = Scheduler(
@@ -86,6 +86,9 @@ def test_when_to_come_back_is_published_while_somebody_waits() -> None:
     while loop.turn():
         pass
     assert page.get("tokenllm_retry_after_seconds") == 0
+    gauges = {name: page.get(f"tokenllm_kv_tokens_{name}") for name in ("active", "free", "cached")}
+    assert gauges == {"active": 0, "free": books.memory.free, "cached": books.memory.cached}
+    assert page.get("tokenllm_kv_tokens_capacity") == 6 and page.get("tokenllm_requests_running") == 0
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

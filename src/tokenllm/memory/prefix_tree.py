@@ -175,6 +175,9 @@ class PrefixTree:
         """Keep the slots of tokens that follow a node; what the tree has already, it keeps. Returns the surplus."""
         assert len(ids) == len(slots), "a slot for every token"
         tokens = _bytes(ids)
+        if tokens and tokens[:ID_BYTES] not in node.children:  # as it mostly is
+            self._use(self._follow(node, tokens, slots))
+            return NO_SLOTS
         path = self._cut(*self._walk(node, tokens[:ID_BYTES], tokens))
         kept = _slots_of(path[1:])
         if len(kept) < len(ids):

@@ -99,7 +99,7 @@ class Lengths:
 
     def learn(self, kind: int, length: int) -> None:
         self.learned += 1
-        place = int(bins(np.array(length)))
+        place = BIN_OF[min(length, LOOKED_UP - 1)]
         while kind >= 0:
             self._ended[kind, place] += self._weight
             kind = self._parents[kind]

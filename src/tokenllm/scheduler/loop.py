@@ -16,7 +16,7 @@ from tokenllm.scheduler.scheduler import Planned, Scheduler
 Flight = TypeVar("Flight")
 
 RING_B_RETRY_S = 0.001
-FORESEEN_EVERY_S = 0.25
+PUBLISHED_EVERY_S = 0.25
 BYTES_PER_ID = 4
 VECTOR_PART_BYTES = 1 << 14  # the smallest ring takes a frame of twice as many
 
@@ -39,7 +39,7 @@ class Loop(Generic[Flight]):
         self._flights: deque[tuple[Flight, Planned, float]] = deque()
         self._compilations = self._pauses = 0  # that have been counted
         self._collected_s = 0.0  # when the last step was
-        self._foreseen_s = 0.0  # when the peak was predicted
+        self._published_s = 0.0  # when all gauges were
         self._history = history
 
     def serve(self) -> None:
@@ -93,7 +93,6 @@ class Loop(Generic[Flight]):
         self._scheduler.took(planned, now - max(began, self._collected_s))
         self._collected_s = now
         self._page.add("tokenllm_steps_total")
-        self._count_rare()
         self._page.add("tokenllm_generation_tokens_total", len(step.ids) // BYTES_PER_ID)
         self._page.observe("tokenllm_step_seconds", now - began)
         self._page.set("tokenllm_last_step_monotonic_seconds", now)
@@ -102,24 +101,30 @@ class Loop(Generic[Flight]):
         if step.uids or step.prompt_logprobs:
             send_when_room(self._outbox, step)
 
+    def _publish(self, resting: bool) -> None:
+        """What gateways go by, always; all that is only looked at, now and then."""
+        scheduler, page, now = self._scheduler, self._page, time.monotonic()
+        page.set("tokenllm_requests_running", scheduler.rows.running)
+        page.set("tokenllm_requests_waiting", len(scheduler.waiting))
+        if resting or now > self._published_s + PUBLISHED_EVERY_S:
+            self._published_s = now
+            page.set("tokenllm_retry_after_seconds", scheduler.retry_after_s if scheduler.waiting else 0)
+            page.set("tokenllm_predicted_peak_tokens", scheduler.predicted_peak)
+            self._publish_memory()
+            self._count_rare()
+
+    def _publish_memory(self) -> None:
+        memory, page = self._scheduler.memory, self._page
+        page.set("tokenllm_kv_tokens_capacity", memory.capacity)
+        page.set("tokenllm_kv_tokens_free", memory.free)
+        page.set("tokenllm_kv_tokens_cached", memory.cached)
+        page.set("tokenllm_kv_tokens_active", memory.active)
+
     def _count_rare(self) -> None:
         compilations, self._compilations = self._compilations, self._runner.compilations
         self._page.add("tokenllm_kernel_compilations_total", self._compilations - compilations)
         pauses, self._pauses = self._pauses, self._scheduler.pauses
         self._page.add("tokenllm_preemptions_total", self._pauses - pauses)
-
-    def _publish(self, resting: bool) -> None:
-        scheduler, page = self._scheduler, self._page
-        page.set("tokenllm_kv_tokens_capacity", scheduler.memory.capacity)
-        page.set("tokenllm_kv_tokens_free", scheduler.memory.free)
-        page.set("tokenllm_kv_tokens_cached", scheduler.memory.cached)
-        page.set("tokenllm_kv_tokens_active", scheduler.memory.active)
-        page.set("tokenllm_requests_running", scheduler.rows.running)
-        page.set("tokenllm_requests_waiting", len(scheduler.waiting))
-        if resting or time.monotonic() > self._foreseen_s + FORESEEN_EVERY_S:
-            page.set("tokenllm_predicted_peak_tokens", scheduler.predicted_peak)
-            page.set("tokenllm_retry_after_seconds", scheduler.retry_after_s if scheduler.waiting else 0)
-            self._foreseen_s = time.monotonic()
 
 
 def _vectors(sampled: Sampled) -> Iterator[Vector]:

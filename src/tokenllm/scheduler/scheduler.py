@@ -49,7 +49,8 @@ class Planned:
     """A step, and whose tokens it samples: when they are known, a row may belong to somebody else."""
 
     plan: Plan
-    uids: Uids  # in the order of `plan.sampling_rows`
+    rows: Places  # `plan.sampling_rows`
+    uids: Uids  # in their order
     stays: Ints  # likewise; somebody who was paused may have come back to the same row
 
 
@@ -345,19 +346,19 @@ class Scheduler:
             return None
         plan = Plan(decodes, chunks)
         rows = plan.sampling_rows.astype(np.intp)
-        return Planned(plan, self.rows.uids[rows], self.rows.stays[rows])
+        return Planned(plan, rows, self.rows.uids[rows], self.rows.stays[rows])
 
     def settle(self, planned: Planned, sampled: Sampled) -> Step:
         """Enter what a step sampled, finish who is done, and tell the detokenizer."""
-        rows = planned.plan.sampling_rows.astype(np.intp)
-        lives = self.rows.stays[rows] == planned.stays  # who ended or was paused after the launch is told nothing of it
-        rows, uids, tokens = rows[lives], tuple(planned.uids[lives].tolist()), sampled.tokens[lives]
+        # who ended or was paused after the launch is told nothing of it
+        lives = self.rows.stays[planned.rows] == planned.stays
+        rows, uids, tokens = planned.rows[lives], tuple(planned.uids[lives].tolist()), sampled.tokens[lives]
         self.rows.learn(rows, tokens)
         cached = tuple(self.rows.cached[rows].tolist())
         finished, valid = self._finished(rows, tokens), tokens >= 0
-        ended = finished.nonzero()[0]
-        for place in ended[self.rows.stays[rows[ended]].argsort()]:  # in this order the policy learns from them
-            self._finish(self._requests[uids[place]], broken=bool(tokens[place] < 0))
+        ended = finished.nonzero()[0].tolist()
+        for place in sorted(ended, key=lambda place: self.rows.stays[rows[place]]):  # so the policy learns from them
+            self._finish(self._requests[uids[place]], broken=not valid[place])
         step = Step(
             uids=uids,
             counts=tuple(valid.view(np.int8).tolist()),
@@ -395,10 +396,9 @@ class Scheduler:
 
     def _finished(self, rows: Places, tokens: Column) -> NDArray[np.int8]:
         """How each row ends with this token, its newest, in the numbers of `Step.finished`."""
-        at_length = self.rows.generated[rows] == self.rows.max_tokens[rows]
-        finished = at_length * np.int8(FINISHED["length"])
-        is_eos = self._is_eos[np.minimum(tokens, len(self._is_eos) - 1)]
-        finished[is_eos & self.rows.heeds_eos[rows]] = FINISHED["stop"]
+        finished = np.zeros(len(rows), np.int8)
+        finished[self.rows.generated[rows] == self.rows.max_tokens[rows]] = FINISHED["length"]
+        finished[self._is_eos.take(tokens, mode="clip") & self.rows.heeds_eos[rows]] = FINISHED["stop"]
         if own := self.rows.stop_ids:
             stops = [token in own.get(row, ()) for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)]
             finished[stops] = FINISHED["stop"]
@@ -407,7 +407,7 @@ class Scheduler:
 
 
 def _table_of(eos_ids: frozenset[int]) -> NDArray[np.bool_]:
-    """Whether an id is among them. The last entry never is: it stands for all higher ids, and for -1."""
+    """Whether an id is among them. The last entry never is: it stands for all higher ids."""
     table = np.zeros(max(eos_ids, default=-1) + 2, bool)
     table[list(eos_ids)] = True
     return table
