@@ -143,7 +143,7 @@ def build_inputs(
 
     words [layout.words] int32; last_token [rows] int32; index [rows, positions] int32, which learns the new slots.
     """
-    tokens, block = len(inputs.ids), 256
+    tokens, block = len(inputs.ids), 128
     _inputs_kernel[(triton.cdiv(max(tokens, layout.rows), block),)](
         words, last_token, index, inputs.ids, inputs.positions, inputs.slots, decode.lengths, decode.rows,
         samples.rows, samples.places, samples.positions, tokens, sequences, layout.rows, layout.chunk_columns,
