@@ -224,6 +224,7 @@ def _adjust(
     count = _times(counted).to(tl.float32)
     x = x - tl.load(frequency_penalty + row) * count
     x = tl.where(count > 0, x - tl.load(presence_penalty + row), x)
+    tl.debug_barrier()  # in a short block several threads have the same ids: all have read what stands there
     tl.store(mine + ids, x)
     return x
 
@@ -252,7 +253,6 @@ def _survey(
             biased, bias_ids, bias_values, early_values, muted_until, only_biased, bad_words, bad_tokens, said, counts,
             VOCAB, BLOCK, BIASED, BAD_WORDS, BAD_WORD_TOKENS,
         )  # fmt: skip
-    x += 0.0  # -0 is 0 from here on: which of the two a maximum is depends on who asks
     top = tl.max(x, 0)
     broken = tl.max((x != x).to(tl.int32), 0)
     place = batch_row * BLOCKS + block
