@@ -227,9 +227,9 @@ def test_a_step_never_takes_more_than_is_free(
         )  # half of each cached
         decision = Router(policy, PACE, 256).decide(0.0, now, queue, free)
         given_back = int(now.held[decision.pause].sum())
-        taken = int(decision.tokens.sum() + queue.held[decision.admit].sum())
+        taken = decision.tokens + int(queue.held[decision.admit].sum())
         assert taken <= free + given_back or len(decision.pause) == len(running) - 1
-        assert len(decision.tokens) == len(running) + len(decision.admit)
+        assert decision.tokens >= len(running) - len(decision.pause), "every stream that is not paused gets its token"
         assert len(set(decision.admit.tolist())) == len(decision.admit)
         assert not (len(decision.pause) and len(decision.admit))
 
@@ -245,14 +245,14 @@ def test_a_prefix_hit_takes_from_what_is_free() -> None:
     now, waiting = columns([(50, 5, 90)] * 10, running=True), columns([(100, 0, 50)], unread=[40])
     decision = Router(Reckless(), PACE, 256).decide(0.0, now, waiting, 100)
     assert decision.admit.tolist() == [0]
-    assert decision.tokens.tolist() == [1] * 10 + [30], "60 of its tokens are pinned, 10 are the streams'"
+    assert decision.tokens == 10 + 30, "60 of its tokens are pinned, 10 are the streams'"
 
 
 def test_as_few_as_needed_are_paused_and_the_last_come_first() -> None:
     now = columns([(50, 5, 90), (60, 5, 90), (2, 2, 90)], running=True)
     decision = Router(Reckless(), PACE, 256).decide(0.0, now, columns([(1, 0, 5)]), 0)
     assert decision.pause.tolist() == [2], "its three slots do for the next tokens of two"
-    assert decision.tokens.tolist() == [1, 1, 0]
+    assert decision.tokens == 2
     assert not len(decision.admit)
 
 
@@ -333,7 +333,7 @@ def test_a_decision_takes_150_us() -> None:
 def test_prompts_are_read_in_chunks_that_leave_the_streams_their_pace() -> None:
     now = columns([(1000, 5, 100)] * 20, running=True)
     decision = Router(WorstCase(), PACE, 256).decide(0.0, now, columns([(50_000, 0, 10)]), 100_000)
-    read = int(decision.tokens[-1])
+    read = decision.tokens - 20
     step_s = PACE.step_s + PACE.per_held_s * int(now.held.sum()) + PACE.per_read_s * read
     assert step_s == pytest.approx(PACE.target_s, rel=0.01)
 

@@ -4,18 +4,16 @@ A running request computes `unread` tokens before its next one is sampled: its p
 it had generated too), then just its newest token. So it holds `prompt + generated - unread` tokens of KV memory.
 """
 
-from dataclasses import dataclass, fields
-from operator import attrgetter
-
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import astuple
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Columns:
+class Columns(Struct, frozen=True):
     """Requests that run, in the order of admission, or that wait, in any order."""
 
     uid: Ints
@@ -33,10 +31,13 @@ class Columns:
         return len(self.uid)
 
     def take(self, places: Ints | slice) -> "Columns":
-        return Columns(*[column[places] for column in _columns(self)])
+        return Columns(*[column[places] for column in astuple(self)])
+
+    def first(self, count: int) -> "Columns":
+        return self if count == len(self) else self.take(slice(count))
 
     def then(self, others: "Columns") -> "Columns":
-        return Columns(*map(np.concatenate, zip(_columns(self), _columns(others), strict=True)))
+        return Columns(*map(np.concatenate, zip(astuple(self), astuple(others), strict=True)))
 
     @property
     def whole(self) -> Ints:
@@ -58,13 +59,9 @@ class Columns:
         return self.unread == 1
 
 
-_columns = attrgetter(*(field.name for field in fields(Columns)))
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What one step does. Whoever is not told to compute keeps its memory and is held for this step."""
+class Decision(Struct, frozen=True):
+    """What one step does. Every stream that is not paused gets its token; the rest of the tokens are of prompts."""
 
     admit: Ints  # places among the waiting, in the order of admission
     pause: Ints  # places among the running
-    tokens: Ints  # to compute in this step: of the running, then of the admitted
+    tokens: int  # to compute in this step

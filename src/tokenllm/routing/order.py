@@ -41,13 +41,13 @@ class ShortestService(FirstCome):
         service, waited = self.service(waiting), now - waiting.arrival
         patience = max(IN_TIME_S, PATIENCE * float(service.sum()) / max(self._rate, 1e-9))
         key = np.where(waited > IN_TIME_S, BAND - waited, self._turns(running.tenant, waiting.tenant, service))
-        key[waited > patience] -= 3 * BAND
-        key[waiting.generated > 0] -= 6 * BAND  # its stream stands still
+        key -= (waited > patience) * (3 * BAND)
+        key -= (waiting.generated > 0) * (6 * BAND)  # its stream stands still
         key -= waiting.priority * (20 * BAND)
         if len(key) <= most:
-            return np.argsort(key, kind="stable")
-        first = np.argpartition(key, most)[:most]
-        return first[np.argsort(key[first], kind="stable")]
+            return key.argsort(kind="stable")
+        first = key.argpartition(most)[:most]
+        return first[key[first].argsort(kind="stable")]
 
     def _turns(self, running: Ints, waiting: Ints, service: Floats) -> Floats:
         """The tenants of those who run, of those who wait, and the latter's service."""
@@ -63,14 +63,14 @@ class ShortestService(FirstCome):
         starts = np.searchsorted(sorted_tenants, np.arange(len(here)))
         before = np.concatenate(([0.0], so_far))[starts]
         turns = np.empty_like(service)
-        turns[places] = so_far + (self._see_who_is_here(here.tolist()) - before)[sorted_tenants]
+        turns[places] = so_far + (np.array(self._see_who_is_here(here.tolist())) - before)[sorted_tenants]
         return turns
 
-    def _see_who_is_here(self, tenants: list[int]) -> Floats:
+    def _see_who_is_here(self, tenants: list[int]) -> list[float]:
         """What each has had; the others are forgotten."""
         had = {tenant: self._served[tenant] for tenant in tenants if tenant in self._served}
         self._served = dict.fromkeys(tenants, min(had.values(), default=0.0)) | had
-        return np.array(list(self._served.values()))
+        return list(self._served.values())
 
     def admitted(self, now: float, requests: Columns) -> None:
         service = self.service(requests)
@@ -81,4 +81,4 @@ class ShortestService(FirstCome):
         self._rate_at_s = now
 
     def reading_order(self, unread: Ints) -> Ints:
-        return np.argsort(unread, kind="stable")
+        return unread.argsort(kind="stable")

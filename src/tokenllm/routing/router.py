@@ -31,11 +31,14 @@ class Router:
         if pause := self._pause(running, streams, free_tokens):
             return self._without(running, pause)
         budget = min(self._pace.chunk(running) if self._pace else UNBOUNDED, free_tokens - streams)
-        rows = self._most_running - len(running) - leaving
-        admit = self._admit(now, running, waiting, free_tokens, budget, rows) if rows > 0 else NOBODY
-        pinned = int(waiting.held[admit].sum()) if len(admit) else 0  # prefix hits that were free until now
-        tokens = self._tokens(running, waiting.unread[admit], min(budget, free_tokens - streams - pinned))
-        if len(running) > 1 and not tokens.any():  # all are in the middle of a prompt, and there is no room to go on
+        rows, unread = self._most_running - len(running) - leaving, int(running.unread.sum()) - streams
+        admit = NOBODY
+        if rows > 0 and unread < budget and len(waiting):
+            admit, joining = self._admit(now, running, waiting, free_tokens, budget - unread, rows)
+            unread += int(joining.unread.sum())
+            budget = min(budget, free_tokens - streams - int(joining.held.sum()))  # prefix hits were free until now
+        tokens = streams + max(0, min(budget, unread))
+        if len(running) > 1 and not tokens:  # all are in the middle of a prompt, and there is no room to go on
             return self._without(running, self.policy.victims(running)[:1].tolist())
         return Decision(admit, NOBODY, tokens)
 
@@ -60,38 +63,26 @@ class Router:
         return pause
 
     def _without(self, running: Columns, pause: list[int]) -> Decision:
-        places, tokens = np.array(pause, np.int64), running.decodes.astype(np.int64)
-        tokens[places] = 0
-        self.policy.paused(running.take(places))
-        return Decision(NOBODY, places, tokens)
+        places = np.array(pause, np.int64)
+        victims = running.take(places)
+        self.policy.paused(victims)
+        return Decision(NOBODY, places, int(np.count_nonzero(running.decodes) - np.count_nonzero(victims.decodes)))
 
-    def _admit(self, now: float, running: Columns, waiting: Columns, free_tokens: int, budget: int, rows: int) -> Ints:
+    def _admit(
+        self, now: float, running: Columns, waiting: Columns, free_tokens: int, left: int, rows: int
+    ) -> tuple[Ints, Columns]:
         """Candidates in their order, while this step has tokens to read left for them and the policy agrees."""
-        left = budget - int(running.unread.sum() - np.count_nonzero(running.decodes))
-        if left <= 0 or not len(waiting):
-            return NOBODY
         places = self.policy.order(now, running, waiting, min(CANDIDATES, rows))
         candidates = waiting.take(places)
         fits = candidates.whole.cumsum() <= free_tokens  # whatever a policy hopes
         reads = candidates.unread.cumsum() - candidates.unread < left
-        candidates = candidates.take(slice(np.count_nonzero(fits & reads)))
+        candidates = candidates.first(np.count_nonzero(fits & reads))
         if not len(candidates):
-            return NOBODY
+            return NOBODY, candidates
         count = self.policy.admits(running, candidates, free_tokens + int(running.held.sum()))
         if not count and not len(running):
             count = 1  # whoever fits alone runs, whatever a policy fears
+        joining = candidates.first(count)
         if count:
-            self.policy.admitted(now, candidates.take(slice(count)))
-        return places[:count]
-
-    def _tokens(self, running: Columns, admitted: Ints, budget: int) -> Ints:
-        """One for each stream; to those who read what the step can read, in the policy's order."""
-        everybody = np.concatenate((running.unread, admitted))
-        tokens = np.zeros(len(everybody), np.int64)
-        tokens[: len(running)] = running.decodes
-        reading = (tokens == 0).nonzero()[0]
-        if len(reading) and budget > 0:
-            reading = reading[self.policy.reading_order(everybody[reading])]
-            unread = everybody[reading]
-            tokens[reading] = np.clip(budget - (unread.cumsum() - unread), 0, unread)
-        return tokens
+            self.policy.admitted(now, joining)
+        return places[:count], joining

@@ -7,9 +7,9 @@ planned later. Who is admitted, read and paused is the router's word; it is aske
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
@@ -44,8 +44,7 @@ LOOKS = 32  # waiting requests whose prefix is looked for again at a decision, a
 FRUITLESS_LOOKS = 2  # of these that find what was known end it
 
 
-@dataclass(frozen=True)
-class Planned:
+class Planned(Struct, frozen=True):
     """A step, and whose tokens it samples: when they are known, a row may belong to somebody else."""
 
     plan: Plan
@@ -204,15 +203,16 @@ class Scheduler:
 
     def plan(self) -> Planned | None:
         """The next step; None when there is nothing to compute."""
+        if self._must_decide():
+            return self._decide()
         streams = self.rows.wanting_a_token()
-        if self._must_decide(len(streams)):
+        if len(streams) > self.memory.available:
             return self._decide()
         return self._planned(self._decode(streams), ())
 
-    def _must_decide(self, streams: int) -> bool:
-        """Otherwise the batch goes on as it is."""
-        retries = self.router.policy.retries and bool(self.waiting)
-        return self._changed or bool(self._reading) or retries or streams > self.memory.available
+    def _must_decide(self) -> bool:
+        """Otherwise the batch goes on as it is, while there is room."""
+        return self._changed or bool(self._reading) or (self.router.policy.retries and bool(self.waiting))
 
     def _decide(self) -> Planned | None:
         """Ask the router, and do what it says."""
@@ -228,9 +228,9 @@ class Scheduler:
         for request in [self._requests[int(uid)] for uid in running.uid[decision.pause]]:
             assert request.row is not None, "who runs has a row"
             self._pause(request, request.row)
-        streams = rows[(decision.tokens[: len(rows)] > 0) & self.rows.decodes[rows]]
-        decodes = self._decode(np.sort(streams)[: self.memory.available])  # room may come with those who leave
-        to_read = int(decision.tokens.sum()) - len(streams)
+        streams = self.rows.wanting_a_token()
+        decodes = self._decode(streams[: self.memory.available])  # room may come with those who leave
+        to_read = decision.tokens - len(streams)
         self._admit(decision.admit)
         planned = self._planned(decodes, tuple(self._chunks(self._prompt_tokens(to_read, len(decodes.rows)))))
         # who was admitted on old news may have left no room to read in: somebody gives way

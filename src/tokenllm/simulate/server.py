@@ -172,12 +172,12 @@ class Server:
         decision = self._router.decide(self._now, running, waiting, self.capacity - self._used)
         self.books.decisions += 1
         self._changed = bool(len(decision.pause) or len(decision.admit))
-        streams = self._running[(decision.tokens[: len(running)] > 0) & ~self._reads[self._running]]
         self._pause(decision.pause)
+        streams = self._running[~self._reads[self._running]]
         seconds = self._clock.decode_s(len(streams), int(self._held(streams).sum()))
         self._compute(streams, np.ones(len(streams), np.int64))
         self._admit(decision.admit)
-        to_read = int(decision.tokens.sum()) - len(streams)
+        to_read = decision.tokens - len(streams)
         readers, tokens = self._chunks(self._limits.prompt_tokens(to_read, len(streams)))
         if len(readers):
             seconds += self._clock.prefill_s(tokens, self._held(readers))
