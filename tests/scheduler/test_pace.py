@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from tokenllm.routing.columns import Columns
 from tokenllm.routing.learned_pace import TARGET_S, LearnedPace
 
 GPU, CPU = (0.004, 4e-8, 2e-6, 2.5e-5), (0.01, 1e-6, 3e-3, 1.5e-3)
@@ -20,15 +19,6 @@ def learned(machine: tuple[float, ...], steps: int = 400, seed: int = 0) -> Lear
     return pace
 
 
-def streams(count: int, tokens: int) -> Columns:
-    """So many that decode and hold so many tokens each."""
-    zeros = np.zeros(count, np.int64)
-    return Columns(
-        uid=zeros, prompt=zeros + tokens, generated=zeros + 1, max_tokens=zeros + 99, unread=zeros + 1, shared=zeros,
-        arrival=zeros.astype(float), kind=zeros, tenant=zeros, priority=zeros,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("machine", [GPU, CPU])
 def test_it_is_that_of_the_machine(machine: tuple[float, ...]) -> None:
     pace = learned(machine)
@@ -42,18 +32,18 @@ def test_no_coefficient_is_negative_however_little_is_known(machine: tuple[float
     for steps in range(1, 40):
         pace = learned(machine, steps, seed=steps)
         assert pace.step_s > 0 and pace.per_read_s > 0 and min(pace.per_held_s, pace.per_decode_s) >= 0
-        assert 256 <= pace.chunk(streams(8, 100)) <= 2048
+        assert 256 <= pace.chunk(8, 800) <= 2048
 
 
 def test_prompts_take_what_the_target_leaves() -> None:
     pace = learned(GPU)
-    chunk, step_s = pace.chunk(streams(64, 250)), 0.004 + 4e-8 * 16_000 + 2e-6 * 64
+    chunk, step_s = pace.chunk(64, 16_000), 0.004 + 4e-8 * 16_000 + 2e-6 * 64
     assert step_s + chunk * 2.5e-5 == pytest.approx(TARGET_S, rel=0.25)
-    assert pace.chunk(streams(0, 0)) == 2048, "nobody is delayed"
+    assert pace.chunk(0, 0) == 2048, "nobody is delayed"
 
 
 def test_on_a_slow_machine_the_streams_wait_for_no_more_than_three_steps_of_theirs() -> None:
     pace = learned(CPU)
     streams_s = 0.01 + 1e-6 * 16_000 + 3e-3 * 64
     pace.least_chunk = 1
-    assert streams_s + pace.chunk(streams(64, 250)) * 1.5e-3 == pytest.approx(3 * streams_s, rel=0.25)
+    assert streams_s + pace.chunk(64, 16_000) * 1.5e-3 == pytest.approx(3 * streams_s, rel=0.25)

@@ -32,7 +32,8 @@ from tokenllm.memory.token_slots import Slots
 
 Ids = NDArray[np.int32]
 
-ID_BYTES = 4  # token ids are little-endian int32
+ID = np.dtype("<i4")
+ID_BYTES = ID.itemsize
 NO_SLOTS: Slots = np.empty(0, np.int32)
 
 
@@ -300,7 +301,7 @@ class PrefixTree:
 
 
 def _bytes(ids: Ids) -> bytes:
-    return ids.astype("<i4", copy=False).tobytes()
+    return ids.astype(ID, copy=False).tobytes()
 
 
 def _computable(ids: Ids) -> bytes:
@@ -311,7 +312,7 @@ def _computable(ids: Ids) -> bytes:
 def _common_tokens(some: bytes, others: bytes, at: int) -> int:
     """How many token ids are the same at the beginning of `some` and of `others` from byte `at` on."""
     count = min(len(some), len(others) - at) // ID_BYTES
-    differ = np.frombuffer(some, "<i4", count) != np.frombuffer(others, "<i4", count, at)
+    differ = np.frombuffer(some, ID, count) != np.frombuffer(others, ID, count, at)
     return int(differ.argmax()) if differ.any() else count
 
 

@@ -52,7 +52,7 @@ class ShortestService(FirstCome):
     def _turns(self, running: Ints, waiting: Ints, service: Floats) -> Floats:
         """The tenants of those who run, of those who wait, and the latter's service."""
         tenants = np.concatenate((running, waiting))
-        if (tenants == tenants[0]).all():
+        if np.count_nonzero(tenants == tenants[0]) == len(tenants):
             self._see_who_is_here([int(tenants[0])])
             return service
         names, first, which = np.unique(tenants, return_index=True, return_inverse=True)

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from tokenllm.routing.columns import Columns, Floats, Ints
+from tokenllm.routing.columns import Floats, Ints
 
 SLOWDOWN = 3.0  # a slow machine's step may take so many times what its streams alone take, whatever the target
 
@@ -21,13 +19,13 @@ class Pace:
     least_chunk: int = 256
     most_chunk: int = 8192
 
-    def chunk(self, running: Columns) -> int:
-        """The prompt tokens that fit into the next step beside the running streams; without any, as many as may be."""
-        decodes = running.decodes
-        count = int(np.count_nonzero(decodes))
-        if not count:
+    def chunk(self, streams: int, held: int) -> int:
+        """The prompt tokens that fit into the next step beside so many streams, which hold so many tokens; without
+        any, as many as may be.
+        """
+        if not streams:
             return self.most_chunk
-        streams_s = self.step_s + self.per_held_s * float(running.held[decodes].sum()) + self.per_decode_s * count
+        streams_s = self.step_s + self.per_held_s * held + self.per_decode_s * streams
         fits = int((max(self.target_s, SLOWDOWN * streams_s) - streams_s) / self.per_read_s)
         return min(self.most_chunk, max(self.least_chunk, fits))
 

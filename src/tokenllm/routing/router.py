@@ -27,10 +27,12 @@ class Router:
         """`free_tokens`: slots that nobody who runs holds, those of the prefix cache included; `leaving`: requests
         that are not among the running, because they want no more tokens, and have a row yet.
         """
-        streams = int(np.count_nonzero(running.decodes))
+        decodes = running.decodes
+        streams = int(np.count_nonzero(decodes))
         if pause := self._pause(running, streams, free_tokens):
             return self._without(running, pause)
-        budget = min(self._pace.chunk(running) if self._pace else UNBOUNDED, free_tokens - streams)
+        fits = self._pace.chunk(streams, int(running.held[decodes].sum())) if self._pace else UNBOUNDED
+        budget = min(fits, free_tokens - streams)
         rows, unread = self._most_running - len(running) - leaving, int(running.unread.sum()) - streams
         admit = NOBODY
         if rows > 0 and unread < budget and len(waiting):
@@ -76,7 +78,7 @@ class Router:
         candidates = waiting.take(places)
         fits = candidates.whole.cumsum() <= free_tokens  # whatever a policy hopes
         reads = candidates.unread.cumsum() - candidates.unread < left
-        candidates = candidates.first(np.count_nonzero(fits & reads))
+        candidates = candidates.first(int(np.count_nonzero(fits & reads)))
         if not len(candidates):
             return NOBODY, candidates
         count = self.policy.admits(running, candidates, free_tokens + int(running.held.sum()))

@@ -37,7 +37,5 @@ class Backlog:
         return max(1, min(LONGEST_S, math.ceil(self._service_s(waiting) / self._rate)))
 
     def _service_s(self, requests: Columns) -> float:
-        left = (requests.max_tokens - requests.generated).astype(float)
-        if self._length:
-            left = np.minimum(left, self._length)
+        left = np.minimum(requests.max_tokens - requests.generated, self._length or math.inf)
         return float(self._pace.service_s(requests.unread, requests.whole, left, self._capacity).sum())

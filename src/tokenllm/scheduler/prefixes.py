@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenllm.engine.batch import Column, SharedPrefix
-from tokenllm.memory.token_slots import Slots
 
 LEAST_SAVED = 8192  # tokens that a step need not read: for fewer the detour does not pay
 PROBES = [64 * 2**octave * half for octave in range(12) for half in (2, 3)]  # tokens: the lengths that are looked at
@@ -20,22 +19,25 @@ def shared_prefixes(slots: NDArray[np.int32], rows: NDArray[np.intp], known: Col
     slots [rows of the batch, positions]; known: of each of `rows`, the tokens whose slots it holds.
     """
     best, whose = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    sharing = np.arange(len(rows))
     for tokens in PROBES:
-        long = (known >= tokens).nonzero()[0]
+        long = sharing[known[sharing] >= tokens]
         if len(long) < 2:
             break
-        gain, group = _gain(slots[rows[long], tokens - 1], tokens)
+        at = slots[rows[long], tokens - 1].astype(np.int64)
+        gain = (_holders(at) - 1) * tokens  # tokens that need not be read where all with the same slot join
         better = gain > best[long]
-        best[long[better]], whose[long[better]] = gain[better], group[better] * len(PROBES) + PROBES.index(tokens)
+        best[long[better]], whose[long[better]] = gain[better], at[better] * len(PROBES) + PROBES.index(tokens)
+        sharing = long[gain > 0]  # who shares nothing up to here shares nothing further on
     groups = tuple(_groups(rows, best, whose))
     saved = sum((len(group.members) - 1) * group.tokens for group in groups)
     return groups if saved >= LEAST_SAVED else ()
 
 
-def _gain(at: Slots, tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens that need not be read where all with the same slot join, and what names them."""
-    found, which, counts = np.unique(at, return_inverse=True, return_counts=True)
-    return (counts[which] - 1) * tokens, found[which].astype(np.int64)
+def _holders(at: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many have the same slot as each."""
+    ordered = np.sort(at)
+    return ordered.searchsorted(at, "right") - ordered.searchsorted(at)
 
 
 def _groups(rows: NDArray[np.intp], best: NDArray[np.int64], whose: NDArray[np.int64]) -> Iterable[SharedPrefix]:

@@ -36,8 +36,9 @@ class Queue:
         news.
         """
         known = self._ints[4:6, place]
-        news = (unread, shared) != (known[0], known[1])
-        known[:] = unread, shared
+        news = known.tolist() != [unread, shared]
+        if news:
+            known[:] = unread, shared
         return news
 
     def columns(self) -> Columns:

@@ -21,7 +21,7 @@ NO_STAY = -1
 
 class Rows:
     """`count` rows of at most `max_positions` tokens. Entries of rows that nobody has mean nothing, but for `uids`,
-    `stays` and `decodes`.
+    `stays` and `decodes`, and that they want no tokens.
     """
 
     def __init__(self, count: int, max_positions: int) -> None:
@@ -78,7 +78,7 @@ class Rows:
     def release(self, row: int) -> None:
         """Nobody has the row now."""
         self.uids[row], self.stays[row] = NOBODY, NO_STAY
-        self.decodes[row] = False
+        self.decodes[row], self.max_tokens[row] = False, 0
         self.stop_ids.pop(row, None)
         self._free.append(row)
 
@@ -116,9 +116,8 @@ class Rows:
 
     def staying(self) -> Places:
         """The rows that still want tokens, in the order of their admission."""
-        stays = np.where(self.decodes & (self.sampled == self.max_tokens), NO_STAY, self.stays)
-        order = stays.argsort()
-        return order[np.searchsorted(stays, 0, sorter=order) :]
+        rows = (self.sampled < self.max_tokens).nonzero()[0]
+        return rows[self.stays[rows].argsort()]
 
     def columns(self, rows: Places) -> Columns:
         """What the router has to know of those who run, as if all that is planned had happened."""
@@ -139,9 +138,9 @@ class Rows:
 
     def _shared_by(self, rows: Places) -> tuple[SharedPrefix, ...]:
         """What the rows share: looked for when they are others than at the last step."""
-        stays = self.stays[rows]
         if self.adopted[rows].max(initial=0) < PROBES[0]:
             return ()
+        stays = self.stays[rows]
         if not np.array_equal(stays, self._sharing_stays):
             self._sharing_stays = stays
             self._prefixes = shared_prefixes(self._slots, rows, self.planned[rows])

@@ -225,7 +225,8 @@ class Scheduler:
         leaving, now = self.rows.running - len(rows), self._clock()
         decision = self.router.decide(now, running, waiting, self.memory.available, leaving)
         self._note(now, waiting, decision.admit)
-        for request in [self._requests[int(uid)] for uid in running.uid[decision.pause]]:
+        for place in decision.pause.tolist():
+            request = self._requests[int(running.uid[place])]
             assert request.row is not None, "who runs has a row"
             self._pause(request, request.row)
         streams = self.rows.wanting_a_token()
