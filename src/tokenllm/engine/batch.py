@@ -4,10 +4,10 @@ in columns, so that a step costs no Python per request.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from tokenllm.memory.token_slots import Slots
@@ -22,8 +22,7 @@ def _no_slots() -> Slots:
     return np.empty(0, np.int32)
 
 
-@dataclass(frozen=True)
-class SharedPrefix:
+class SharedPrefix(Struct, frozen=True):
     """Decodes whose first tokens lie in the same slots: whoever executes the step may read these once for all."""
 
     row: int  # of one of them
@@ -31,8 +30,7 @@ class SharedPrefix:
     members: Column  # places among the decodes, two at least
 
 
-@dataclass(frozen=True)
-class Decodes:
+class Decodes(Struct, frozen=True):
     """One more token for each of these rows: the one the row sampled last, which only the device may know yet."""
 
     rows: Column
@@ -46,8 +44,7 @@ class Decodes:
         return cls(nothing, nothing, nothing)
 
 
-@dataclass(frozen=True)
-class Foretold:
+class Foretold(Struct, frozen=True):
     """Tokens of a prompt whose logprobs are asked for: those that follow the chunk's tokens from `first` on."""
 
     uid: int
@@ -56,8 +53,7 @@ class Foretold:
     alternatives: int
 
 
-@dataclass(frozen=True)
-class Pooled:
+class Pooled(Struct, frozen=True):
     """Tokens of a prompt whose vector is asked for: the chunk's from `first` on."""
 
     uid: int
@@ -66,8 +62,7 @@ class Pooled:
     ends: bool  # nor after them
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(Struct, frozen=True):
     """Part of a prompt, or all of it: the tokens at positions start … start + len(slots) of a row. The prompt of a
     request that was paused ends with what it had generated.
     """
@@ -93,8 +88,7 @@ class Chunk:
         return self.start + len(self.slots)
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Struct, frozen=True, dict=True):
     """One step, never empty: tokens are laid end to end, the decodes first. Every decode samples, and every last chunk
     of a prompt; what they sample comes back in this order.
     """
@@ -130,16 +124,14 @@ class Plan:
         return np.concatenate((self.decodes.rows, np.array(last, np.int32))) if last else self.decodes.rows
 
 
-@dataclass(frozen=True)
-class Logprob:
+class Logprob(Struct, frozen=True):
     """The raw model's log-probability of a chosen token, and the likeliest alternatives as (id, logprob)."""
 
     chosen: float
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class Sampled:
+class Sampled(Struct, frozen=True):
     """What a step chose, in the order of `Plan.sampling_rows`. Token -1: the model's output was not a number.
 
     A vector is the sum of the hidden states that were pooled, so it points where their mean does.
