@@ -4,10 +4,10 @@ in columns, so that a step costs no Python per request.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from tokenllm.memory.token_slots import Slots
@@ -22,7 +22,8 @@ def _no_slots() -> Slots:
     return np.empty(0, np.int32)
 
 
-class SharedPrefix(Struct, frozen=True):
+@dataclass(frozen=True)
+class SharedPrefix:
     """Decodes whose first tokens lie in the same slots: whoever executes the step may read these once for all."""
 
     row: int  # of one of them
@@ -30,7 +31,8 @@ class SharedPrefix(Struct, frozen=True):
     members: Column  # places among the decodes, two at least
 
 
-class Decodes(Struct, frozen=True):
+@dataclass(frozen=True)
+class Decodes:
     """One more token for each of these rows: the one the row sampled last, which only the device may know yet."""
 
     rows: Column
@@ -44,7 +46,8 @@ class Decodes(Struct, frozen=True):
         return cls(nothing, nothing, nothing)
 
 
-class Foretold(Struct, frozen=True):
+@dataclass(frozen=True)
+class Foretold:
     """Tokens of a prompt whose logprobs are asked for: those that follow the chunk's tokens from `first` on."""
 
     uid: int
@@ -53,7 +56,8 @@ class Foretold(Struct, frozen=True):
     alternatives: int
 
 
-class Pooled(Struct, frozen=True):
+@dataclass(frozen=True)
+class Pooled:
     """Tokens of a prompt whose vector is asked for: the chunk's from `first` on."""
 
     uid: int
@@ -62,7 +66,8 @@ class Pooled(Struct, frozen=True):
     ends: bool  # nor after them
 
 
-class Chunk(Struct, frozen=True):
+@dataclass(frozen=True)
+class Chunk:
     """Part of a prompt, or all of it: the tokens at positions start … start + len(slots) of a row. The prompt of a
     request that was paused ends with what it had generated.
     """
@@ -88,7 +93,8 @@ class Chunk(Struct, frozen=True):
         return self.start + len(self.slots)
 
 
-class Plan(Struct, frozen=True, dict=True):
+@dataclass(frozen=True)
+class Plan:
     """One step, never empty: tokens are laid end to end, the decodes first. Every decode samples, and every last chunk
     of a prompt; what they sample comes back in this order.
     """
@@ -124,14 +130,16 @@ class Plan(Struct, frozen=True, dict=True):
         return np.concatenate((self.decodes.rows, np.array(last, np.int32))) if last else self.decodes.rows
 
 
-class Logprob(Struct, frozen=True):
+@dataclass(frozen=True)
+class Logprob:
     """The raw model's log-probability of a chosen token, and the likeliest alternatives as (id, logprob)."""
 
     chosen: float
     top: tuple[tuple[int, float], ...]
 
 
-class Sampled(Struct, frozen=True):
+@dataclass(frozen=True)
+class Sampled:
     """What a step chose, in the order of `Plan.sampling_rows`. Token -1: the model's output was not a number.
 
     A vector is the sum of the hidden states that were pooled, so it points where their mean does.

@@ -72,7 +72,7 @@ class TokenLLM(ShortestService):
     def ahead(self, requests: Columns) -> tuple[Floats, Floats]:
         """Mean and variance of what each holds at the steps AHEAD, [requests, steps]."""
         left = requests.max_tokens - requests.generated
-        steps = AHEAD[: int(AHEAD.searchsorted(left.max()))]
+        steps = AHEAD[: int(np.searchsorted(AHEAD, left.max()))]
         places = bins(requests.generated[:, None] + steps)
         lives = self.lengths.table.take(places + (requests.kind * BINS)[:, None])
         lives /= np.maximum(1e-9, lives[:, :1])
