@@ -12,6 +12,7 @@ import pytest
 import torch
 from msgspec.structs import replace as but
 
+from tokenllm.engine import cuda_runner
 from tokenllm.engine.cuda_runner import CudaRunner
 from tokenllm.engine.cuda_start import limits_of
 from tokenllm.engine.device_step import DeviceStep
@@ -32,6 +33,12 @@ ROWS, CONTEXT, SLOTS, CHUNK, VOCAB = 5, 64, 200, 16, 101
 if torch.cuda.is_available():
     torch.cuda.set_stream(torch.cuda.Stream())  # graphs are never captured on the default one
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _sent_in_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of so small a model are longer than one part, too."""
+    monkeypatch.setattr(cuda_runner, "SENT_AT_ONCE", 16)
 
 
 def tiny_decoder(*, qk_norm: bool, heads: int, kv_heads: int) -> Decoder:

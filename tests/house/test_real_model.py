@@ -177,12 +177,13 @@ def test_a_long_shared_prefix_is_waited_for_once(house: House, client: openai.Op
 def test_seeds_and_choices(house: House, client: openai.OpenAI) -> None:
     def choices() -> list[str]:
         answer = client.chat.completions.create(
-            model=MODEL, messages=messages("Invent a name."), max_tokens=12, n=3, seed=7, temperature=1.2
+            model=MODEL, messages=messages("Invent a name."), max_tokens=12, n=3, seed=7, top_p=0.7
         )
         return [choice.message.content for choice in answer.choices]
 
     first = choices()
     assert len(set(first)) > 1
+    # among likely tokens: what a batch rounds differently moves the edges, and those of rare ones lie close together
     if house.precision == PRECISIONS["float32"]:  # type: ignore[attr-defined]
         assert choices() == first
 

@@ -121,3 +121,18 @@ def test_a_layout_has_room_for_everything() -> None:
         <= layout.prompt - 93
         == layout.words - 118
     )
+
+
+def test_a_long_prefix_is_adopted_whole(device: torch.device) -> None:
+    from tokenllm_kernels.gpu.inputs import StepLayout, adopt_prefixes
+
+    layout, row, prefix = StepLayout(ROWS, CHUNKS, PROMPT, 10_000), 3, 9001
+    words = torch.zeros(layout.words, dtype=torch.int32)
+    for field, value in ((0, row), (5, prefix), (6, layout.prompt)):
+        words[layout.chunk_columns + field * CHUNKS] = value
+    words[layout.prompt : layout.prompt + prefix] = torch.randperm(prefix) + 1
+    index = torch.zeros(ROWS, prefix + 5, dtype=torch.int32, device=device)
+    adopt_prefixes(words.to(device), layout, index, 1)
+    expected = torch.zeros_like(index, device="cpu")
+    expected[row, :prefix] = words[layout.prompt : layout.prompt + prefix]
+    assert index.cpu().equal(expected)

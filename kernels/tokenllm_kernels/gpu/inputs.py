@@ -118,7 +118,7 @@ def _inputs_kernel(
     following = tl.where(decode, position + 1, tl.load(last + 3 * CHUNKS, mask=ends, other=0))
     tl.store(sample_positions + i, following, mask=i < rows)
     there = (i >= decodes) & (i < decodes + prompt_tokens)
-    if prompt_tokens > 0:  # a step without any has left the columns as they were
+    if prompt_tokens > 0:  # in a step without any, the columns are of some earlier step
         starts = tl.load(columns + CHUNKS + tl.arange(0, CHUNKS))
         mine = columns + tl.maximum(tl.sum((starts[None, :] <= i[:, None]).to(tl.int32), 1) - 1, 0)
         source = words + prompt + i - decodes

@@ -102,7 +102,7 @@ class Loop(Generic[Flight]):
             send_when_room(self._outbox, step)
 
     def _publish(self, resting: bool) -> None:
-        """What gateways go by, always; all that is only looked at, now and then."""
+        """Who runs and waits, which gateways go by, always; the rest, which may be a little old, now and then."""
         scheduler, page, now = self._scheduler, self._page, time.monotonic()
         page.set("tokenllm_requests_running", scheduler.rows.running)
         page.set("tokenllm_requests_waiting", len(scheduler.waiting))
