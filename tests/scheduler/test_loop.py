@@ -80,7 +80,9 @@ def test_when_to_come_back_is_published_while_somebody_waits_and_all_is_told_at_
         most_context_tokens=999, max_queued_requests=9, max_queued_tokens=99, eos_ids=frozenset(),
     )  # fmt: skip
     page = Page(create_page())
-    loop = Loop(books, FakeRunner(0), [ring], ring, page, None)  # type: ignore[arg-type]
+    runner = FakeRunner(0)
+    runner.compilations, books.pauses = 2, 3
+    loop = Loop(books, runner, [ring], ring, page, None)  # type: ignore[arg-type]
     loop.turn()
     assert books.waiting and page.get("tokenllm_retry_after_seconds") == 1
     while loop.turn():
@@ -88,6 +90,7 @@ def test_when_to_come_back_is_published_while_somebody_waits_and_all_is_told_at_
     assert page.get("tokenllm_retry_after_seconds") == 0
     gauges = {name: page.get(f"tokenllm_kv_tokens_{name}") for name in ("active", "free", "cached")}
     assert gauges == {"active": 0, "free": books.memory.free, "cached": books.memory.cached}
+    assert page.get("tokenllm_kernel_compilations_total") == 2 and page.get("tokenllm_preemptions_total") == 3
     assert page.get("tokenllm_kv_tokens_capacity") == 6 and page.get("tokenllm_requests_running") == 0
 
 
